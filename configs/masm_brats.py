@@ -1,0 +1,75 @@
+"""MASM (base) on BraTS 2021/2023: the full setting.
+
+    python -m masm_jax.prepare --input=BRATS --output=records/brats --spacing=1
+    python train.py --config=configs/masm_brats.py --workdir=runs/masm --config.data.records=records/brats
+    python eval.py --workdir=runs/masm --split=val --output=runs/masm/eval
+
+Meant for one node of accelerators (8 x 128^3 per step). Not run at full length by us: its Dice on BraTS is
+not known. What was measured, where and when, is in docs/results.md.
+"""
+
+import ml_collections
+
+
+def get_config():
+    """The complete list of keys; the other configs change a few of them."""
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of parameters, data order, augmentation and Gumbel noise
+    config.total_steps = 60_000  # optimiser steps; the schedules end here
+    config.batch_size = 8  # crops per step over all devices and processes
+    config.patch = 128  # edge of a crop, voxels
+    config.augment = "nnunet"  # nnunet, swin or none
+    config.stop_at_step = 0  # leave after this step as if preempted (0 = never)
+
+    config.data = data = ml_collections.ConfigDict()
+    data.records = "records/brats"  # folder made by masm_jax.prepare
+    data.spacing = 1.0  # mm of the records, checked against them (0 = whatever they have)
+    data.split = "0/5"  # "K/N" = fold K of N, "holdout:ID,ID", or a JSON file {"train", "val", "test"}
+    data.foreground = 1 / 3  # share of crops centred on tumour
+    data.workers = 0  # reader processes; 0 reads in threads, enough for memory-mapped records
+
+    config.model = model = ml_collections.ConfigDict()
+    model.size = "base"  # tiny, base or full (models/masm.py)
+    model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
+    model.pairs = (("t1", "t1ce"), ("t2", "flair"))  # of the Modality-Aware mixer
+    model.mosaic = "bayer3d"  # of the Modality-Shift mixer (models/mosaic.py)
+    model.aware_depth = 1  # attention blocks per Modality-Aware mixer
+    model.shift_depth = 2  # blocks of the Modality-Shift mixer
+    model.keep_bias = 3.0  # logit of "keep" at the start: sigmoid(3) = 95 % of the tokens
+    model.modality_affine = False  # norms learn a scale and shift per modality
+    model.dtype = "bfloat16"  # of the computation; parameters and reductions are float32
+
+    config.loss = loss = ml_collections.ConfigDict()
+    loss.batch_dice = True  # sum Dice over the batch (ET is absent from some crops)
+    loss.keep_target = 0.7  # share of tokens the Modality-Aware mixers should keep
+    loss.ratio_weight = 0.1  # weight of (mean keep - target)^2
+
+    config.optim = optim = ml_collections.ConfigDict()
+    optim.name = "adamw"  # adamw or sgd (Nesterov)
+    optim.learning_rate = 1e-3  # peak
+    optim.schedule = "cosine"  # cosine, poly or constant, after the warm-up
+    optim.warmup_steps = 500
+    optim.weight_decay = 1e-2  # on kernels alone; nnU-Net's SGD takes 3e-5
+    optim.momentum = 0.99  # of sgd
+    optim.clip_norm = 12.0  # global gradient norm
+    optim.ema_decay = 0.999  # averaged weights, used for evaluation (0 = the weights themselves)
+    optim.mixer_rate = 1.0  # multiplies the learning rate of the mixers
+
+    config.gumbel = gumbel = ml_collections.ConfigDict()
+    gumbel.start = 1.0  # temperature at the first step
+    gumbel.end = 0.3  # and at the last, exponential between
+
+    config.log = log = ml_collections.ConfigDict()
+    log.every = 50  # steps between lines of metrics.jsonl
+    log.patch_every = 1000  # steps between pseudo Dice on validation crops (0 = never)
+    log.patches = 64  # how many crops
+    log.volume_every = 5000  # steps between full-volume Dice (0 = never)
+    log.volumes = 16  # how many validation cases
+    log.checkpoint_every = 1000  # steps between checkpoints
+
+    config.infer = infer = ml_collections.ConfigDict()
+    infer.overlap = 0.5  # of neighbouring tiles
+    infer.batch = 4  # tiles per compiled call
+    infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
+    infer.threshold = 0.5  # on the probability of every region
+    return config

@@ -1,0 +1,110 @@
+"""Checkpoints: everything Orbax, in one place.
+
+WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newest and the best are kept.
+The data position is the step itself (data/pipeline.py), so that a run resumes on any number of devices.
+"""
+
+import pathlib
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: folder of the run.
+      best: name of the metric in the metadata by which the best is kept; larger is better.
+    """
+
+    def __init__(self, workdir, best="val/dice"):
+        policies = checkpoint_managers
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(1),
+                policies.BestN(n=1, get_metric_fn=lambda metrics: metrics[best]),
+            ]
+        )
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self._best = best
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=keep),
+            item_names=("state", "meta"),
+        )
+
+    def save(self, step, state, *, dice, meta):
+        """Start writing a checkpoint; it appears under its name once complete.
+
+        Args:
+          step: steps done.
+          state: the training state; safe to donate as soon as the call returns.
+          dice: mean validation Dice, or None before the first validation.
+          meta: JSON-able.
+        """
+        written = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"step": step})
+            ),
+            metrics={self._best: -1.0 if dice is None else dice},
+        )
+        if not written:
+            raise RuntimeError(
+                f"{self.folder}/{step} was not written: a checkpoint at or past step {step} exists; "
+                f"continue that run, or choose another --workdir"
+            )
+
+    def latest(self):
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best(self):
+        """Step of the best one by validation Dice; the newest of equals; None without any."""
+        dice = {step: self._manager.metrics(step)[self._best] for step in self._manager.all_steps()}
+        return max(dice, key=lambda step: (dice[step], step)) if dice else None
+
+    def restore(self, step, abstract_state):
+        """Restore into the shapes, dtypes and shardings of ``abstract_state``.
+
+        Returns:
+          state, meta.
+        """
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
+            ),
+        )
+        for (path, want), got in zip(
+            jax.tree_util.tree_leaves_with_path(abstract_state), jax.tree.leaves(restored.state)
+        ):
+            if want.shape != got.shape or want.dtype != got.dtype:
+                raise ValueError(
+                    f"{self.folder}/{step}: {jax.tree_util.keystr(path)} is {got.shape} {got.dtype}, the "
+                    f"network has {want.shape} {want.dtype}; this checkpoint is of another network"
+                )
+        return restored.state, restored.meta
+
+    def meta(self, step):
+        """The metadata saved with a step."""
+        return self._manager.restore(
+            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+        ).meta
+
+    def wait(self):
+        """Block until what was started is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Wait and release."""
+        self._manager.close()
+
+
+def with_sharding(abstract_state, sharding):
+    """Attach one sharding to every leaf of a tree of ShapeDtypeStructs."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
+    )

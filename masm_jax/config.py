@@ -1,0 +1,152 @@
+"""Checks on a config, all of them, once: value, expectation, fix. And its way to JSON and back."""
+
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from masm_jax.models.masm import MIXERS, SIZES, divisor
+from masm_jax.models.mosaic import offsets
+
+# Keys that may differ between the start of a run and its continuation: they do not touch the result.
+FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.")
+
+
+def validate(config):
+    """Check a config by itself.
+
+    Raises:
+      ValueError: one line per fault, each with the value, what was expected and what to do.
+    """
+    faults = []
+
+    def check(good, key, value, expectation):
+        if not good:
+            faults.append(f"config.{key} = {value!r}: expected {expectation}")
+
+    def among(key, value, choices):
+        check(value in choices, key, value, "one of " + ", ".join(map(str, choices)))
+
+    model, optim, data, log = config.model, config.optim, config.data, config.log
+    among("augment", config.augment, ("nnunet", "swin", "none"))
+    among("model.size", model.size, tuple(SIZES))
+    among("model.dtype", model.dtype, ("float32", "bfloat16"))
+    among("optim.name", optim.name, ("adamw", "sgd"))
+    among("optim.schedule", optim.schedule, ("cosine", "poly", "constant"))
+    for key in ("total_steps", "batch_size", "patch"):
+        check(config[key] >= 1, key, config[key], "1 or more")
+    for key in ("every", "checkpoint_every"):
+        check(log[key] >= 1, f"log.{key}", log[key], "1 or more")
+    check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
+    check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
+    check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
+    check(0 < config.infer.threshold < 1, "infer.threshold", config.infer.threshold, "in (0, 1)")
+    check(
+        set(config.infer.flips) <= {0, 1, 2}, "infer.flips", tuple(config.infer.flips), "axes 0, 1, 2"
+    )
+    check(
+        0 <= optim.warmup_steps <= config.total_steps,
+        "optim.warmup_steps",
+        optim.warmup_steps,
+        f"between 0 and total_steps ({config.total_steps}); shorten the warm-up or train longer",
+    )
+    check(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
+    check(0 < config.loss.keep_target <= 1, "loss.keep_target", config.loss.keep_target, "in (0, 1]")
+    for key in ("start", "end"):
+        check(config.gumbel[key] > 0, f"gumbel.{key}", config.gumbel[key], "above 0")
+    mixers = tuple(model.mixers)
+    check(
+        not mixers or (len(mixers) == 6 and set(mixers) <= set(MIXERS)),
+        "model.mixers",
+        mixers,
+        f"six entries, level 1 to 6, each one of {', '.join(MIXERS)}; or () for the plain U-Net",
+    )
+    named = [modality for pair in model.pairs for modality in pair]
+    check(
+        len(set(named)) == len(named) and all(len(pair) == 2 for pair in model.pairs),
+        "model.pairs",
+        model.pairs,
+        "pairs of modality names, no modality twice",
+    )
+    try:
+        offsets(model.mosaic, (1, 1, 1), 4)
+    except ValueError as error:
+        faults.append(f"config.model.{error}")
+    if not faults:
+        multiple = divisor(model)
+        check(
+            config.patch % multiple == 0,
+            "patch",
+            config.patch,
+            f"a multiple of {multiple}, the stride of model.size={model.size!r} with its tokens; "
+            f"the nearest is {max(multiple, round(config.patch / multiple) * multiple)}",
+        )
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def validate_records(config, records):
+    """Check a config against the records it is to be trained on.
+
+    Raises:
+      ValueError: spacing or modalities do not fit.
+    """
+    if config.data.spacing and records.spacing != config.data.spacing:
+        raise ValueError(
+            f"config.data.spacing = {config.data.spacing}: the records in {config.data.records} have "
+            f"spacing {records.spacing or 'of the scans'}; set config.data.spacing to it (0 takes any), "
+            f"or prepare again with --spacing={config.data.spacing}"
+        )
+    named = {modality for pair in config.model.pairs for modality in pair}
+    missing = sorted(named - set(records.modalities))
+    if missing and "aware" in tuple(config.model.mixers):
+        raise ValueError(
+            f"config.model.pairs names {', '.join(missing)}: the records in {config.data.records} have "
+            f"{', '.join(records.modalities)}; pair those that exist"
+        )
+
+
+def to_dict(config):
+    """A config as plain JSON types: tuples become lists."""
+    return json.loads(config.to_json())
+
+
+def differences(old, new):
+    """Lines "key: old -> new" for every key that differs and matters to the result."""
+    old, new = _flat(old), _flat(new)
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
+            lines.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return lines
+
+
+def save(config, workdir):
+    """Write WORKDIR/config.json, atomically."""
+    path = pathlib.Path(workdir) / "config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def load(workdir):
+    """Read WORKDIR/config.json into a locked ConfigDict.
+
+    Raises:
+      ValueError: there is none: not the folder of a run.
+    """
+    path = pathlib.Path(workdir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: --workdir must be a folder that train.py has written")
+    return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+
+
+def _flat(tree, prefix=""):
+    leaves = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= _flat(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = value
+    return leaves

@@ -1,0 +1,262 @@
+"""Prepares many cases in parallel: resumable, atomic per case, duplicates found at the end."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from masm_jax.data import records
+from masm_jax.data.cases import Case, Problem
+from masm_jax.data.preprocess import VERSION, CaseError, preprocess
+
+
+@dataclasses.dataclass
+class Built:
+    """What came of preparing a set: ids now in the index, how many were kept, what failed."""
+
+    cases: list[str]
+    kept: int
+    problems: list[Problem]
+    metas: dict[str, dict[str, Any]]
+
+
+def build(
+    cases: list[Case],
+    root: Path | str,
+    *,
+    spacing: float | None = None,
+    workers: int = 1,
+    overwrite: bool = False,
+    problems: tuple[Problem, ...] = (),
+    progress: Callable[[str], None] = lambda case: None,
+) -> Built:
+    """Prepares cases into a folder of records and writes its index.
+
+    Finished records with the same sources and settings are kept.
+
+    Args:
+        cases: The cases, ids unique.
+        root: Folder of the records.
+        spacing: Voxel size in mm, None for that of the files.
+        workers: Processes; 1 works in this one.
+        overwrite: Removes all records in the folder first.
+        problems: Of cases left out before, for the index.
+        progress: Called with the id after each case.
+
+    Returns:
+        What came of it. Cases with problems have no record.
+
+    Raises:
+        ValueError: The folder holds records with other settings or of other cases, the cases do
+            not share modalities and regions, or a worker died.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    _check_one_task(cases)
+    wanted = {case.id: _source(case, spacing) for case in cases}
+    kept = {}
+    if overwrite:
+        _clear(root)
+    else:
+        kept = _finished(root, wanted, {problem.case for problem in problems})
+    with contextlib.suppress(FileNotFoundError):
+        (root / "dataset.json").unlink()  # an index only beside a whole set
+    failed = list(problems)
+    metas: dict[str, dict[str, Any]] = {}
+    hashes: dict[str, tuple[str, str]] = {}
+    left = [case for case in cases if case.id not in kept]
+    results = _results(left, root, spacing, wanted, workers)
+    try:
+        for case in cases:
+            meta, wrong = (kept[case.id], []) if case.id in kept else next(results)
+            wrong = wrong or _duplicate(case, meta, hashes)
+            failed += wrong
+            if wrong:
+                shutil.rmtree(root / case.id, ignore_errors=True)
+            else:
+                metas[case.id] = meta
+                for modality, digest in meta["hashes"].items():
+                    hashes.setdefault(digest, (case.id, modality))
+            progress(case.id)
+    finally:
+        results.close()
+    failed.sort(key=lambda problem: (problem.case, problem.file))
+    if metas:
+        first = cases[0].convention
+        records.write_index(
+            root,
+            {
+                "modalities": list(first.modalities),
+                "regions": {name: list(inside) for name, inside in first.regions.items()},
+                "spacing": spacing,
+                "cases": sorted(metas),
+                "problems": [dataclasses.asdict(problem) for problem in failed],
+            },
+        )
+    return Built(sorted(metas), len(set(kept) & set(metas)), failed, metas)
+
+
+def _check_one_task(cases: list[Case]) -> None:
+    first = cases[0]
+    for case in cases:
+        task, first_task = (
+            (c.modalities, list(c.regions.items())) for c in (case.convention, first.convention)
+        )
+        if task != first_task:
+            raise ValueError(
+                f"{case.id} ({case.convention.name}) and {first.id} ({first.convention.name}) "
+                "differ in modalities or regions; expected one task per folder of records; prepare "
+                "them apart"
+            )
+
+
+def _source(case: Case, spacing: float | None) -> dict[str, Any]:
+    """What a record depends on: the settings, and the names, sizes and times of the files."""
+    files = {}
+    for path in dict.fromkeys((*case.images, case.segmentation)):
+        if path is not None:
+            state = path.stat()
+            files[path.name] = [state.st_size, state.st_mtime_ns]
+    convention = case.convention
+    settings = {
+        "version": VERSION,
+        "spacing": spacing,
+        "modalities": list(convention.modalities),
+        "channels": list(case.channels),
+        "labels": {str(value): internal for value, internal in convention.labels.items()},
+        "regions": {name: list(inside) for name, inside in convention.regions.items()},
+        "paint": dict(convention.paint),
+    }
+    return {"settings": settings, "files": files}
+
+
+def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str, dict[str, Any]]:
+    """Case id -> meta of the records that can be kept; refuses a folder made in another way."""
+    kept = {}
+    for path in sorted(root.glob("*/meta.json")):
+        case = path.parent.name
+        meta = json.loads(path.read_text())
+        if case in failed and case not in wanted:  # whole once, incomplete now
+            shutil.rmtree(path.parent)
+            continue
+        if case not in wanted:
+            raise ValueError(
+                f"{root}: holds a record of {case}, which is not in this input; expected records "
+                "of one input; give another --output, put both sets below one --input, or start "
+                "afresh with --overwrite (removes every record there)"
+            )
+        old, new = meta["source"]["settings"], wanted[case]["settings"]
+        for key in new:
+            if old.get(key) != new[key]:
+                raise ValueError(
+                    f"{root}: the record of {case} was made with {key} {old.get(key)}, now it is "
+                    f"{new[key]}; expected one setting for all; give another --output, or start "
+                    "afresh with --overwrite (removes every record there)"
+                )
+        if meta["source"]["files"] == wanted[case]["files"]:
+            kept[case] = meta
+    return kept
+
+
+def _clear(root: Path) -> None:
+    """Removes records and what a killed run left, and nothing else."""
+    for folder in root.iterdir():
+        unfinished = folder.name.startswith(".") and folder.name.endswith(".tmp")
+        if folder.is_dir() and (unfinished or (folder / "foreground.npz").is_file()):
+            shutil.rmtree(folder)
+
+
+def _duplicate(
+    case: Case, meta: dict[str, Any], hashes: dict[str, tuple[str, str]]
+) -> list[Problem]:
+    """Problems for images that an earlier case already has."""
+    problems = []
+    for modality, digest in meta["hashes"].items():
+        if digest in hashes:
+            other, of = hashes[digest]
+            same = "" if of == modality else f" as {of}"
+            problems.append(
+                Problem(
+                    case.id,
+                    meta["files"][modality],
+                    f"{modality} has the same voxels as {other}{same}",
+                    "every image once",
+                    f"remove this case or {other}, or get the right file",
+                )
+            )
+    return problems
+
+
+def _results(
+    cases: list[Case], root: Path, spacing: float | None, wanted: dict[str, dict], workers: int
+) -> Iterator[tuple[dict[str, Any], list[Problem]]]:
+    """(meta, problems) of each case, in order."""
+    if workers <= 1 or len(cases) <= 1:
+        for case in cases:
+            yield _work(case, root, spacing, wanted[case.id])
+        return
+    # Spawned, so that no lock or thread of this process is copied.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(workers, len(cases)),
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is answered by the parent alone
+    )
+    try:
+        with _one_thread_each():
+            futures = [pool.submit(_work, case, root, spacing, wanted[case.id]) for case in cases]
+        for case, future in zip(cases, futures):
+            try:
+                yield future.result()
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise ValueError(
+                    f"a worker process died at or near {case.id} (often: out of memory; a worker "
+                    "needs about 0.5 GB); finished cases are kept; run again with --workers below "
+                    f"{workers}"
+                ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started inside use one thread for matrix products: many would fight over cores."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _work(
+    case: Case, root: Path, spacing: float | None, source: dict[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Prepares and writes one case; never raises, so that one case cannot end the others."""
+    try:
+        record = preprocess(case, spacing=spacing)
+        record.meta["source"] = source
+        records.write_record(root, record)
+        return record.meta, []
+    except CaseError as error:
+        return {}, error.problems
+    except OSError as error:
+        fix = "free some space or correct the rights, then run again"
+        return {}, [Problem(case.id, str(root), f"cannot write ({error})", "a writable disk", fix)]
+    except Exception:  # a defect: shown with its traceback, and the other cases go on
+        trace = traceback.format_exc().strip()
+        where = str(case.images[0].parent)
+        return {}, [Problem(case.id, where, trace, "no exception", "report it with this traceback")]

@@ -1,0 +1,348 @@
+"""File names and label values of the data sets: the built-in conventions and described ones."""
+
+import dataclasses
+import difflib
+import json
+import re
+import runpy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+MODALITIES = ("t1", "t1ce", "t2", "flair")
+# Internal label values of each region, nested, outer to inner. Everything that stacks regions
+# along an axis uses this order. Value 4 (resection cavity, BraTS 2024) is in no region.
+REGIONS = {"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}
+LABEL_NAMES = {
+    1: "necrotic/non-enhancing core",
+    2: "oedema",
+    3: "enhancing tumour",
+    4: "resection cavity",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Convention:
+    """How one data set names its files and what its label values mean.
+
+    Attributes:
+        name: Name shown to the user and kept in meta.json.
+        modalities: Ordered modality names, M of them.
+        files: Modality -> name patterns. A pattern without ``{case}`` is a suffix: ``"_t1ce"``
+            stands for ``{case}_t1ce.nii`` and ``{case}_t1ce.nii.gz``. A pattern may hold folders
+            (``"imagesTr/{case}"``) and ``*`` (anything within one path part).
+        segmentation: Name patterns of the segmentation.
+        labels: Label value in the file -> internal value. 0 is background in both.
+        regions: Region -> internal values, each region inside the one before it.
+        paint: Region -> label value in the file, painted in the order of ``regions``.
+        channels: Modality -> index along the last axis of a 4-D file; empty for 3-D files.
+        ignore_case: Whether upper and lower case are the same in file names.
+        note: Why these labels were chosen, for the user.
+    """
+
+    name: str
+    modalities: tuple[str, ...]
+    files: Mapping[str, tuple[str, ...]]
+    segmentation: tuple[str, ...]
+    labels: Mapping[int, int]
+    regions: Mapping[str, tuple[int, ...]]
+    paint: Mapping[str, int]
+    channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    ignore_case: bool = False
+    note: str = ""
+
+    def describe(self) -> str:
+        """Returns one line for the user: names, label values and what is painted."""
+        names = " ".join(f"{m}={'|'.join(self.files[m])}" for m in self.modalities)
+        if self.channels:
+            names = "channels " + " ".join(f"{m}={self.channels[m]}" for m in self.modalities)
+        regions = ", ".join(
+            f"{name} = {'+'.join(str(v) for v, i in self.labels.items() if i in inside)}"
+            for name, inside in self.regions.items()
+        )
+        covered = set().union(*self.regions.values())
+        outside = [v for v, i in self.labels.items() if i not in covered]
+        if outside:
+            regions += f"; {', '.join(map(str, outside))} in no region"
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {names}; label values: {regions}{note}"
+
+
+_SCHEMES: dict[str, tuple[dict[int, int], dict[str, int]]] = {
+    "brats2018": ({1: 1, 2: 2, 4: 3}, {"WT": 2, "TC": 1, "ET": 4}),
+    "brats2021": ({1: 1, 2: 2, 4: 3}, {"WT": 2, "TC": 1, "ET": 4}),
+    "brats2023": ({1: 1, 2: 2, 3: 3}, {"WT": 2, "TC": 1, "ET": 3}),
+    "brats2024": ({1: 1, 2: 2, 3: 3, 4: 4}, {"WT": 2, "TC": 1, "ET": 3}),
+    # The Decathlon swaps 1 and 2 against BraTS: 1 oedema, 2 non-enhancing, 3 enhancing.
+    "msd": ({1: 2, 2: 1, 3: 3}, {"WT": 1, "TC": 2, "ET": 3}),
+}
+LABEL_SCHEMES = tuple(_SCHEMES)
+_UNDERSCORE = ({m: (f"_{m}",) for m in MODALITIES}, ("_seg",))
+_DASH = (
+    {"t1": ("-t1n",), "t1ce": ("-t1c",), "t2": ("-t2w",), "flair": ("-t2f",)},
+    ("-seg",),
+)
+_MSD = ({m: ("imagesTr/{case}", "imagesTs/{case}") for m in MODALITIES}, ("labelsTr/{case}",))
+# Order of the 4-D file of Task01_BrainTumour; a dataset.json beside the data overrides it.
+_MSD_CHANNELS = {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}
+
+
+def _built_in(name: str) -> Convention:
+    labels, paint = _SCHEMES[name]
+    files, segmentation = {"brats2018": _UNDERSCORE, "brats2021": _UNDERSCORE, "msd": _MSD}.get(
+        name, _DASH
+    )
+    channels = _MSD_CHANNELS if name == "msd" else {}
+    return Convention(
+        name, MODALITIES, files, segmentation, labels, REGIONS, paint, channels, name != "msd"
+    )
+
+
+BUILT_IN = {name: _built_in(name) for name in _SCHEMES}
+
+
+def with_labels(convention: Convention, scheme: str, note: str = "") -> Convention:
+    """Returns the convention with the label values of another scheme.
+
+    Args:
+        convention: Gives the file names.
+        scheme: One of ``LABEL_SCHEMES``.
+        note: Kept for the user.
+
+    Raises:
+        ValueError: The scheme is unknown.
+    """
+    if scheme not in _SCHEMES:
+        raise ValueError(
+            f"--labels={scheme}: no such label scheme; expected one of {', '.join(LABEL_SCHEMES)}"
+            f"{hint(scheme, LABEL_SCHEMES)}; for another set write a --description file"
+        )
+    labels, paint = _SCHEMES[scheme]
+    base = BUILT_IN.get(convention.name)
+    if base is not None and (base.labels, base.paint) == (labels, paint):
+        name = convention.name
+    elif BUILT_IN[scheme].files == convention.files:
+        name = scheme
+    else:
+        name = f"{convention.name} names with {scheme} labels"
+    return dataclasses.replace(
+        convention, name=name, labels=labels, regions=REGIONS, paint=paint, note=note
+    )
+
+
+def to_internal(values: np.ndarray, labels: Mapping[int, int]) -> np.ndarray:
+    """Remaps label values of a file to internal ones; the one place where this is done on reading.
+
+    Args:
+        values: (...) integer label values of the file, each 0 or a key of ``labels``.
+        labels: File value -> internal value.
+
+    Returns:
+        (...) uint8 internal values.
+    """
+    table = np.zeros(256, np.uint8)
+    for value, internal in labels.items():
+        table[value] = internal
+    return table[values.astype(np.uint8)]
+
+
+def to_file(label: np.ndarray, labels: Mapping[int, int]) -> np.ndarray:
+    """Remaps internal label values to those of the file; the inverse of ``to_internal``.
+
+    Args:
+        label: (...) uint8 internal values.
+        labels: File value -> internal value, as in the convention.
+
+    Returns:
+        (...) uint8 label values of the file. Where two file values mean the same, the first.
+    """
+    table = np.zeros(256, np.uint8)
+    for value, internal in reversed(labels.items()):
+        table[internal] = value
+    return table[label]
+
+
+def region_masks(label: np.ndarray, regions: Mapping[str, tuple[int, ...]]) -> np.ndarray:
+    """Returns the region indicators (R, ...) bool of internal labels (...)."""
+    return np.stack([np.isin(label, np.asarray(values)) for values in regions.values()])
+
+
+def msd_convention(dataset: Path, scheme: str | None = None) -> Convention | None:
+    """Reads the channel order and the label meanings of a Decathlon ``dataset.json``.
+
+    Args:
+        dataset: Path of the file.
+        scheme: Label scheme that decides instead of the label names in the file.
+
+    Returns:
+        The convention, or None where the file describes no four-channel brain tumour set.
+
+    Raises:
+        ValueError: It is such a set but its label names are not understood.
+    """
+    try:
+        content = json.loads(dataset.read_text())
+        channels = {_msd_modality(v): int(k) for k, v in content["modality"].items()}
+        names = {int(k): str(v).lower() for k, v in content["labels"].items() if int(k)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    if set(channels) != set(MODALITIES):
+        return None
+    base = dataclasses.replace(BUILT_IN["msd"], channels=channels)
+    if scheme is not None:
+        return with_labels(base, scheme, "as --labels says")
+    labels = {value: _msd_meaning(name) for value, name in names.items()}
+    if sorted(map(str, labels.values())) != ["1", "2", "3"]:
+        raise ValueError(
+            f"{dataset}: label names {names} are not understood; expected oedema, "
+            "non-enhancing and enhancing tumour once each; correct the names or decide with "
+            "--labels=msd"
+        )
+    back = {internal: value for value, internal in labels.items()}
+    paint = {"WT": back[2], "TC": back[1], "ET": back[3]}
+    return dataclasses.replace(base, labels=labels, paint=paint, note=f"as {dataset.name} says")
+
+
+def _msd_modality(name: str) -> str | None:
+    name = re.sub(r"[^a-z0-9]", "", name.lower())
+    known = {"flair": "flair", "t1w": "t1", "t1": "t1", "t2w": "t2", "t2": "t2"}
+    known |= dict.fromkeys(("t1gd", "t1ce", "t1c", "t1wgd"), "t1ce")
+    return known.get(name)
+
+
+def _msd_meaning(name: str) -> int | None:
+    if "edema" in name:  # also "oedema"
+        return 2
+    if "non" in name or "necro" in name:
+        return 1
+    return 3 if "enhanc" in name else None
+
+
+def load_description(path: Path | str) -> Convention:
+    """Loads a description of any data set.
+
+    A JSON file holds one object, a Python file assigns the same as a dict to ``description``. Keys:
+    ``files`` (modality -> pattern or list of patterns) and ``regions`` (region -> label values,
+    outer to inner) are needed; ``name``, ``modalities`` (the order, default that of ``files``),
+    ``segmentation`` (pattern), ``labels`` (file value -> internal value, default the same),
+    ``paint`` (region -> file value), ``channels`` (modality -> index in a 4-D file) are optional.
+
+    Args:
+        path: The description file.
+
+    Returns:
+        The convention.
+
+    Raises:
+        ValueError: The file cannot be read or something in it is missing or contradictory.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".py":
+            content = runpy.run_path(str(path))["description"]
+        else:
+            content = json.loads(path.read_text())
+    except KeyError as error:
+        raise ValueError(f"{path}: no variable 'description'; assign the dict to it") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); expected a JSON file or a Python file that sets "
+            "'description'"
+        ) from error
+    try:
+        return _from_description(content, path.stem)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {error}; see docs/data.md for an example") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _from_description(content: dict, stem: str) -> Convention:
+    known = ("name", "modalities", "files", "channels", "segmentation", "labels", "regions")
+    known += ("paint",)
+    for key in content:
+        if key not in known:
+            raise ValueError(f"unknown key '{key}'; expected {', '.join(known)}{hint(key, known)}")
+    for key in ("files", "regions"):
+        if not content.get(key):
+            raise ValueError(f"'{key}' is missing; see docs/data.md for an example")
+    files = {m: _patterns(p) for m, p in content["files"].items()}
+    modalities = tuple(content.get("modalities", files))
+    if sorted(modalities) != sorted(files):
+        raise ValueError(f"modalities {modalities} and files {tuple(files)} differ; name each once")
+    channels = {m: int(c) for m, c in content.get("channels", {}).items()}
+    if channels and (set(channels) != set(files) or len(set(files.values())) > 1):
+        raise ValueError(
+            f"channels {channels}, files {files}; expected a channel for each of {modalities} "
+            "and the same pattern for all; leave channels out for 3-D files"
+        )
+    values = {name: _numbers(inside) for name, inside in content["regions"].items()}
+    everything = sorted({v for inside in values.values() for v in inside})
+    labels = {int(k): int(v) for k, v in content.get("labels", {}).items()}
+    labels = labels or {v: v for v in everything}
+    _check_labels(labels, values)
+    return Convention(
+        name=str(content.get("name", stem)),
+        modalities=modalities,
+        files=files,
+        segmentation=_patterns(content.get("segmentation", ())),
+        labels=labels,
+        regions=values,
+        paint=_paint(content.get("paint", {}), labels, values),
+        channels=channels,
+    )
+
+
+def _patterns(value: str | list[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _numbers(value: int | list[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def _check_labels(labels: dict[int, int], regions: dict[str, tuple[int, ...]]) -> None:
+    for value in (*labels, *labels.values()):
+        if not 1 <= value <= 255:
+            raise ValueError(f"label value {value}: expected 1 to 255; 0 is background, not listed")
+    outer, outer_name = set(labels.values()), "labels"
+    for name, inside in regions.items():
+        if not inside or not set(inside) <= outer:
+            raise ValueError(
+                f"region {name} = {list(inside)} is not inside {outer_name} = {sorted(outer)}; "
+                "regions go from outer to inner, each inside the one before, in internal values"
+            )
+        outer, outer_name = set(inside), f"region {name}"
+
+
+def _paint(
+    given: dict, labels: dict[int, int], regions: dict[str, tuple[int, ...]]
+) -> dict[str, int]:
+    """The file value of each region: given, or the only one that is in no inner region."""
+    names = list(regions)
+    for name in given:
+        if name not in regions:
+            raise ValueError(f"paint names region '{name}'; expected {names}{hint(name, names)}")
+    paint = {}
+    for index, name in enumerate(names):
+        inner = set(regions[names[index + 1]]) if index + 1 < len(names) else set()
+        own = [v for v, i in labels.items() if i in regions[name] and i not in inner]
+        if name not in given and len(own) != 1:
+            raise ValueError(
+                f"region {name}: label values {own} belong to it and to no inner region; say in "
+                f"'paint' which one a prediction gets, such as {{\"{name}\": {(own or [1])[0]}}}"
+            )
+        paint[name] = int(given.get(name, own[0] if own else 0))
+        if paint[name] not in own:
+            raise ValueError(
+                f"paint {name} = {paint[name]}; expected one of {own}: in {name}, in no inner "
+                "region"
+            )
+    return paint
+
+
+def hint(word: str, known: Iterable[str]) -> str:
+    """Returns `` (did you mean X?)`` where a known word is close, else nothing."""
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -1,0 +1,240 @@
+"""Records on disk: one folder per case, memory-mapped arrays, an index, and the split into "
+"folds."""
+
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masm_jax.data import conventions
+from masm_jax.data.preprocess import Record
+
+VERSION = 1
+FOREGROUND_SAMPLES = 10_000  # voxels kept per region as possible crop centres
+_INDEX = "dataset.json"
+
+
+def write_record(root: Path | str, record: Record) -> None:
+    """Writes one case; a reader sees the whole folder or none.
+
+    Args:
+        root: Folder of the records.
+        record: The prepared case; an older record of the same name is replaced.
+    """
+    root = Path(root)
+    case = record.meta["case"]
+    root.mkdir(parents=True, exist_ok=True)
+    temporary, final = root / f".{case}.tmp", root / case
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    np.save(temporary / "image.npy", np.ascontiguousarray(record.image, np.float16))
+    if record.label is not None:
+        np.save(temporary / "label.npy", np.ascontiguousarray(record.label, np.uint8))
+    np.savez(temporary / "foreground.npz", **foreground(record))
+    (temporary / "meta.json").write_text(json.dumps(record.meta, indent=1))
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+
+
+def foreground(record: Record) -> dict[str, np.ndarray]:
+    """Samples voxels of each region, the same ones whenever the case is prepared.
+
+    Args:
+        record: The prepared case.
+
+    Returns:
+        Region -> (n, 3) int32 voxel coordinates, n <= 10000, 0 where the region is empty.
+    """
+    regions = {name: tuple(inside) for name, inside in record.meta["regions"].items()}
+    found = {}
+    for index, (name, inside) in enumerate(regions.items()):
+        if record.label is None:
+            found[name] = np.zeros((0, 3), np.int32)
+            continue
+        voxels = np.argwhere(np.isin(record.label, np.asarray(inside))).astype(np.int32)
+        if len(voxels) > FOREGROUND_SAMPLES:
+            rng = np.random.default_rng([zlib.crc32(record.meta["case"].encode()), index])
+            voxels = voxels[np.sort(rng.choice(len(voxels), FOREGROUND_SAMPLES, replace=False))]
+        found[name] = voxels
+    return found
+
+
+def write_index(root: Path | str, index: dict[str, Any]) -> None:
+    """Writes dataset.json, atomically.
+
+    Args:
+        root: Folder of the records.
+        index: ``modalities``, ``regions``, ``spacing``, ``cases`` and ``problems``.
+    """
+    path = Path(root) / _INDEX
+    temporary = path.with_name(f".{_INDEX}.tmp")
+    temporary.write_text(json.dumps({"version": VERSION, **index}, indent=1))
+    os.replace(temporary, path)
+
+
+def read_index(root: Path | str) -> dict[str, Any]:
+    """Reads dataset.json.
+
+    Args:
+        root: Folder of the records.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: There is none, it is damaged, or another version wrote it.
+    """
+    path = Path(root) / _INDEX
+    make = f"make the records with python -m masm_jax.prepare --input=RAW --output={root}"
+    if not path.is_file():
+        state = "prepare did not finish there" if path.parent.is_dir() else "no such folder"
+        raise ValueError(f"{path}: no index of records ({state}); expected one; {make}")
+    try:
+        index = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); expected JSON; {make}") from error
+    if index.get("version") != VERSION:
+        found = index.get("version")
+        raise ValueError(f"{path}: version {found}; expected {VERSION}; {make} --overwrite")
+    return index
+
+
+class Records:
+    """Read access to a folder of records.
+
+    Attributes:
+        root: The folder.
+        modalities: Ordered modality names.
+        regions: Region -> internal values, outer to inner.
+        spacing: Voxel size in mm asked for when they were made, None for that of the files.
+        cases: Ids, sorted.
+    """
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+        index = read_index(self.root)
+        self.modalities: tuple[str, ...] = tuple(index["modalities"])
+        self.regions = {name: tuple(inside) for name, inside in index["regions"].items()}
+        self.spacing: float | None = index["spacing"]
+        self.cases: list[str] = sorted(index["cases"])
+
+    def image(self, case: str) -> np.ndarray:
+        """Returns the (M, d, h, w) float16 image, memory-mapped."""
+        return np.load(self._file(case, "image.npy"), mmap_mode="r")
+
+    def label(self, case: str) -> np.ndarray | None:
+        """Returns the (d, h, w) uint8 internal labels, memory-mapped; None without segmentation."""
+        if self.meta(case)["segmentation"] is None:
+            return None
+        return np.load(self._file(case, "label.npy"), mmap_mode="r")
+
+    def meta(self, case: str) -> dict[str, Any]:
+        """Returns the content of meta.json."""
+        return json.loads(self._file(case, "meta.json").read_text())
+
+    def foreground(self, case: str) -> dict[str, np.ndarray]:
+        """Returns region -> (n, 3) int32 voxel coordinates inside it, possible crop centres."""
+        with np.load(self._file(case, "foreground.npz")) as stored:
+            return {name: stored[name] for name in self.regions}
+
+    def _file(self, case: str, name: str) -> Path:
+        path = self.root / case / name
+        if not path.is_file():
+            close = "" if case in self.cases else conventions.hint(case, self.cases)
+            raise ValueError(
+                f"{path}: missing{close}; expected a record of every case in "
+                f"{self.root / _INDEX}; run prepare again"
+            )
+        return path
+
+
+def split(cases: Sequence[str], rule: str, seed: int) -> dict[str, list[str]]:
+    """Divides cases into training, validation and test.
+
+    Visits of one patient (``BraTS-GLI-00005-100``, ``-101``) stay on one side of a fold.
+
+    Args:
+        cases: Ids of the records.
+        rule: ``"0/5"`` for fold 0 of 5 by a seeded shuffle; ``"holdout:ID1,ID2"`` validates on
+            these and trains on the rest; else the path of a JSON file with lists ``train``, ``val``
+            and ``test``.
+        seed: Seed of the shuffle.
+
+    Returns:
+        ``train``, ``val`` and ``test``, each a sorted list of ids.
+
+    Raises:
+        ValueError: The rule is not understood, names unknown cases, or uses one twice.
+    """
+    cases = sorted(cases)
+    fold = re.fullmatch(r"(\d+)/(\d+)", rule)
+    if fold:
+        return _fold(cases, int(fold[1]), int(fold[2]), seed)
+    if rule.startswith("holdout:"):
+        held = [case.strip() for case in rule.removeprefix("holdout:").split(",") if case.strip()]
+        parts = {"train": [c for c in cases if c not in held], "val": held, "test": []}
+    else:
+        parts = _read_split(Path(rule))
+    seen: dict[str, str] = {}
+    for part, members in parts.items():
+        for case in members:
+            if case not in cases:
+                raise ValueError(
+                    f"split {rule}: {part} names '{case}', which has no record"
+                    f"{conventions.hint(case, cases)}; expected some of {len(cases)} cases such as "
+                    f"{', '.join(cases[:3])}; correct the id or prepare the case"
+                )
+            if case in seen:
+                raise ValueError(
+                    f"split {rule}: '{case}' is in {seen[case]} and again in {part}; expected "
+                    "every case once; remove it from one"
+                )
+            seen[case] = part
+    if rule.startswith("holdout:") and not (parts["train"] and parts["val"]):
+        raise ValueError(
+            f"split {rule}: {len(parts['train'])} cases to train on, {len(parts['val'])} held out; "
+            "expected at least one each; correct the list"
+        )
+    return {part: sorted(members) for part, members in parts.items()}
+
+
+def _fold(cases: list[str], fold: int, folds: int, seed: int) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for case in cases:
+        groups.setdefault(_patient(case), []).append(case)
+    if not 0 <= fold < folds or not 2 <= folds <= len(groups):
+        raise ValueError(
+            f"split {fold}/{folds}: expected FOLD/FOLDS, 2 to {len(groups)} folds (as many as "
+            f"patients), FOLD from 0 to FOLDS - 1; for example 0/{min(5, max(2, len(groups)))}"
+        )
+    names = sorted(groups)
+    order = np.random.default_rng(seed).permutation(len(names))
+    val = sorted(case for place in order[fold::folds] for case in groups[names[place]])
+    return {"train": [case for case in cases if case not in set(val)], "val": val, "test": []}
+
+
+def _patient(case: str) -> str:
+    """BraTS 2023 on: ``BraTS-GLI-00005-100`` is visit 100 of patient ``BraTS-GLI-00005``."""
+    visit = re.fullmatch(r"(BraTS-[A-Za-z]+-\d+)-\d+", case)
+    return visit[1] if visit else case
+
+
+def _read_split(path: Path) -> dict[str, list[str]]:
+    expected = '"FOLD/FOLDS", "holdout:ID1,ID2" or a JSON file {"train": [...], "val": [...], ...}'
+    if not path.is_file():
+        raise ValueError(f"split {path}: neither a rule nor a file; expected {expected}")
+    try:
+        content = json.loads(path.read_text())
+        parts = {part: list(content.pop(part, [])) for part in ("train", "val", "test")}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"split {path}: cannot be read ({error}); expected {expected}") from error
+    if content:
+        raise ValueError(f"split {path}: unknown keys {sorted(content)}; expected train, val, test")
+    return parts

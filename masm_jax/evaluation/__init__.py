@@ -1,0 +1,1 @@
+"""Metrics as the BraTS challenge defines them, and what people look at."""

@@ -1,0 +1,59 @@
+"""What a run measures of itself while it trains.
+
+Often: "pseudo Dice" on validation crops, as nnU-Net names it: overlap summed over crops, cheap, and not the
+Dice of cases. Sometimes: Dice of whole validation cases, in the grid of the records.
+"""
+
+import jax
+import numpy as np
+
+from masm_jax import sharding
+from masm_jax.data.conventions import region_masks
+from masm_jax.data.pipeline import batches
+from masm_jax.evaluation.metrics import evaluate
+
+
+def validation_crops(config, records, cases):
+    """The same crops at every validation: a list of host batches."""
+    count = max(1, config.log.patches // config.batch_size)
+    stream = batches(
+        records,
+        cases,
+        seed=config.seed + 1,  # not the training crops of the same step
+        batch_size=config.batch_size,
+        patch=config.patch,
+        foreground=config.data.foreground,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return [batch for batch, _ in zip(stream, range(count))]
+
+
+def pseudo_dice(step, params, crops, mesh, regions):
+    """Dice per region over all crops: {"val/dice/WT": ..., "val/dice": mean}.
+
+    A region that is neither in the crops nor predicted in any counts as 1.
+    """
+    sums = [step(params, sharding.global_batch(mesh, crop)) for crop in crops]
+    sums = jax.device_get(sums)
+    overlap = sum(np.asarray(one["overlap"], np.float64) for one in sums)
+    total = sum(np.asarray(one["total"], np.float64) for one in sums)
+    dice = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
+    values = {f"val/dice/{name}": float(value) for name, value in zip(regions, dice)}
+    return values | {"val/dice": float(dice.mean())}
+
+
+def volume_dice(segmenter, records, cases):
+    """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}."""
+    regions = segmenter.network.regions
+    threshold = segmenter.network.config.infer.threshold
+    scores = {name: [] for name in regions}
+    for case in cases:
+        probability = segmenter.probabilities(records.image(case))
+        predicted = dict(zip(regions, probability > threshold))
+        reference = dict(zip(regions, region_masks(np.asarray(records.label(case)), regions)))
+        spacing = records.meta(case)["record_spacing"]
+        for name, values in evaluate(predicted, reference, spacing).items():
+            scores[name].append(values["dice"])
+    means = {f"volume/dice/{name}": float(np.mean(values)) for name, values in scores.items()}
+    return means | {"volume/dice": float(np.mean(list(means.values())))}

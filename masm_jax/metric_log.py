@@ -1,0 +1,150 @@
+"""Where the numbers of a run go: metrics.jsonl, TensorBoard, the terminal.
+
+The loop hands over device arrays and goes on; they are fetched one interval later, when they are long
+computed. NaN is found there, with the step and the name.
+"""
+
+import json
+import logging
+import math
+import os
+import pathlib
+import time
+
+import jax
+from tensorboardX import SummaryWriter
+
+_log = logging.getLogger(__name__)
+
+
+class NonFinite(ArithmeticError):
+    """A loss or gradient became NaN or infinite; the message has the step and the name."""
+
+
+class MetricLog:
+    """Writes the metrics of a run.
+
+    Args:
+      workdir: folder of the run.
+      total_steps: for the time left.
+      start_step: steps already done; later lines of an interrupted run are taken back.
+      every: steps between lines.
+    """
+
+    def __init__(self, workdir, *, total_steps, start_step, every):
+        self._path = pathlib.Path(workdir) / "metrics.jsonl"
+        self._take_back(start_step)
+        self._file = open(self._path, "a")
+        self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start_step)
+        self._total, self._every, self._first = total_steps, every, start_step
+        self._interval, self._pending = [], None
+        self._mark = (time.perf_counter(), start_step)
+        self._waited, self._warned = 0.0, set()
+
+    def waiting(self, seconds):
+        """Add to the time the loop spent waiting for data."""
+        self._waited += seconds
+
+    def train(self, step, metrics):
+        """Take the metrics (device arrays) of ``step`` and, at an interval's end, write the one before."""
+        self._interval.append((step, metrics))
+        if step % self._every == 0:
+            self._roll()
+
+    def flush(self):
+        """Fetch and write all there is: waits for the device. Before checkpoints and at the end."""
+        self._write_pending()
+        self._check(jax.device_get(self._interval))
+
+    def write(self, step, values):
+        """Write a line of host numbers."""
+        line = {"step": step} | {key: _finite(value) for key, value in values.items()}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for key, value in line.items():
+            if key != "step" and value is not None:
+                self._board.add_scalar(key, value, step)
+
+    def close(self):
+        """Close the files; what was handed over is written before."""
+        self._file.close()
+        self._board.close()
+
+    def _roll(self):
+        now, step = time.perf_counter(), self._interval[-1][0]
+        elapsed, steps = now - self._mark[0], step - self._mark[1]
+        times = {
+            "time/steps_per_s": steps / elapsed,
+            "time/wait_share": min(1.0, self._waited / elapsed),
+            "time/left_s": (self._total - step) * elapsed / steps,
+        }
+        self._mark, self._waited = (now, step), 0.0
+        previous, self._interval = (self._interval, times), []
+        self._write_pending()
+        self._pending = previous
+        if step >= self._total or step == self._first + self._every:
+            self._write_pending()  # a first sign of life, and nothing left behind at the end
+
+    def _write_pending(self):
+        if self._pending is None:
+            return
+        (interval, times), self._pending = self._pending, None
+        interval = jax.device_get(interval)
+        self._check(interval)
+        step, metrics = interval[-1]
+        values = {key: float(value) for key, value in metrics.items()} | times
+        self.write(step, values)
+        self._warn_of_keep_ratio(step, values)
+        _log.info(
+            "step %d/%d  loss %.4f  dice loss %.4f  lr %.2e  %.2f steps/s  waiting %.0f%%  left %s",
+            step,
+            self._total,
+            values["train/loss"],
+            values["train/dice_loss"],
+            values["train/learning_rate"],
+            times["time/steps_per_s"],
+            100 * times["time/wait_share"],
+            _duration(times["time/left_s"]),
+        )
+
+    def _check(self, interval):
+        for step, metrics in interval:
+            bad = [key for key, value in metrics.items() if not math.isfinite(value)]
+            if bad:
+                raise NonFinite(
+                    f"step {step}: {', '.join(bad)} is not finite. Nothing was saved after the last "
+                    f"checkpoint; lower optim.learning_rate or optim.clip_norm, lengthen "
+                    f"optim.warmup_steps, or try model.dtype=float32, and start again"
+                )
+
+    def _warn_of_keep_ratio(self, step, values):
+        for key, value in values.items():
+            if key.startswith("train/keep/") and not 0.05 <= value <= 0.95 and key not in self._warned:
+                self._warned.add(key)
+                _log.warning(
+                    "step %d: %s = %.3f has left [0.05, 0.95]: the mask of this level decides nothing "
+                    "any more (loss.keep_target, loss.ratio_weight, model.keep_bias); said once",
+                    step,
+                    key,
+                    value,
+                )
+
+    def _take_back(self, start_step):
+        if not self._path.is_file():
+            return
+        lines = self._path.read_text().splitlines()
+        kept = [line for line in lines if line and json.loads(line)["step"] <= start_step]
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, self._path)
+
+
+def _finite(value):
+    value = float(value)
+    return value if math.isfinite(value) else None
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

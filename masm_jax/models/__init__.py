@@ -1,0 +1,1 @@
+"""The network: encoder, mixers, decoder."""

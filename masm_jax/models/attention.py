@@ -1,0 +1,44 @@
+"""Multi-head self-attention and the pre-norm MLP, shared by both mixers."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from masm_jax.models.layers import Dense, LayerNorm
+from masm_jax.models.masking import policy_attention
+
+
+class SelfAttention(nnx.Module):
+    """Pre-norm multi-head self-attention with a residual; the softmax is in float32."""
+
+    def __init__(self, width, heads, *, rngs):
+        self.norm = LayerNorm(width, rngs=rngs)
+        self.qkv = Dense(width, 3 * width, rngs=rngs)
+        self.out = Dense(width, width, rngs=rngs)
+        self.heads = heads
+
+    def __call__(self, x, keep=None):
+        """x: (B, N, width); keep: (B, N) of 0 and 1, or None where no token is pruned."""
+        batch, tokens, width = x.shape
+        head = width // self.heads
+        qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.heads, head)
+        q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, heads, N, C)
+        q = q * head**-0.5
+        if keep is None:
+            scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
+            y = jax.nn.softmax(scores).astype(x.dtype) @ v
+        else:
+            y = policy_attention(q, k, v, keep)
+        return x + self.out(y.swapaxes(1, 2).reshape(batch, tokens, width))
+
+
+class MLP(nnx.Module):
+    """Pre-norm two-layer perceptron with a residual; exact (erf) GELU, as PyTorch."""
+
+    def __init__(self, width, *, rngs, ratio=2):
+        self.norm = LayerNorm(width, rngs=rngs)
+        self.up = Dense(width, ratio * width, rngs=rngs)
+        self.down = Dense(ratio * width, width, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.down(jax.nn.gelu(self.up(self.norm(x)), approximate=False))

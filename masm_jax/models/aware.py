@@ -1,0 +1,100 @@
+"""The Modality-Aware mixer: pairs of modalities look at each other, and prune what is redundant.
+
+Source: MASM (arXiv 2403.02074): pairwise dependencies between specific modalities at the low levels, a
+decision mask that prunes redundant patches and replaces them with the aligned modality's features.
+The predictor is DynamicViT's. What the paper leaves open is listed in docs/paper.md.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from masm_jax.models.attention import MLP, SelfAttention
+from masm_jax.models.layers import Dense, LayerNorm, repeat3d
+from masm_jax.models.masking import sample_keep
+from masm_jax.models.tokens import Tokens
+
+
+class Predictor(nnx.Module):
+    """Two logits (keep, prune) per token from the token itself and the mean over all tokens.
+
+    ``bias`` is the logit difference at the start: sigmoid(bias) is the first share of kept tokens.
+    """
+
+    def __init__(self, width, *, rngs, bias):
+        self.norm = LayerNorm(width, rngs=rngs)
+        self.inner = Dense(width, width, rngs=rngs)
+        self.hidden = Dense(width, width // 2, rngs=rngs)
+        self.logits = Dense(width // 2, 2, rngs=rngs)
+        self.logits.bias[...] = jnp.array([bias / 2, -bias / 2], jnp.float32)
+
+    def __call__(self, x):
+        """x: (B, N, width) -> (B, N, 2)."""
+        x = jax.nn.gelu(self.inner(self.norm(x)), approximate=False)
+        local, whole = jnp.split(x, 2, axis=-1)
+        whole = jnp.broadcast_to(whole.mean(1, keepdims=True), whole.shape)
+        x = jnp.concatenate([local, whole], axis=-1)
+        return self.logits(jax.nn.gelu(self.hidden(x), approximate=False))
+
+
+class AwareMixer(nnx.Module):
+    """Masked attention within pairs of modalities; one set of weights serves every pair.
+
+    Args:
+      channels: C of the level.
+      patch, grid: P_j and the token grid (d, h, w) of the level.
+      pairs: index pairs into the modality axis; a modality in no pair passes through.
+      modalities: M.
+      width, heads, depth: of the attention blocks.
+      keep_bias: start of the predictor, as a logit.
+    """
+
+    def __init__(
+        self, channels, patch, grid, *, pairs, modalities, width, heads, depth, keep_bias, rngs
+    ):
+        self.pairs = tuple(tuple(pair) for pair in pairs)
+        self.tokens = Tokens(channels, width, patch, grid, modalities, rngs=rngs)
+        self.predictor = Predictor(width, rngs=rngs, bias=keep_bias)
+        self.attention = nnx.List([SelfAttention(width, heads, rngs=rngs) for _ in range(depth)])
+        self.mlp = nnx.List([MLP(width, rngs=rngs) for _ in range(depth)])
+
+    def __call__(self, x, key=None, temperature=1.0):
+        """Mix the pairs.
+
+        Args:
+          x: (B, M, D, H, W, C) features of one level.
+          key: PRNG key while training, None otherwise.
+          temperature: of the Gumbel-Softmax.
+
+        Returns:
+          (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M' runs
+          over the modalities of the pairs in their order.
+        """
+        members = np.array(self.pairs).reshape(-1)  # a0 b0 a1 b1 ...
+        partners = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)
+        batch, count = x.shape[0], len(members)
+        tokens = self.tokens.encode(x)[:, members]
+        grid, width = tokens.shape[2:5], tokens.shape[-1]
+        flat = tokens.reshape(batch * count, -1, width)
+        keep = sample_keep(self.predictor(flat), key, temperature).reshape(batch, count, *grid)
+
+        own, other = x[:, members], x[:, partners]
+        mixed = _replace(own, other, repeat3d(keep[..., None], self.tokens.patch))
+        swapped = tokens.reshape(batch, -1, 2, *grid, width)[:, :, ::-1].reshape(tokens.shape)
+        tokens = _replace(tokens, swapped, keep[..., None])
+
+        pair_tokens = tokens.reshape(batch * len(self.pairs), -1, width)
+        pair_keep = keep.reshape(batch * len(self.pairs), -1)
+        for attention, mlp in zip(self.attention, self.mlp):
+            pair_tokens = mlp(attention(pair_tokens, pair_keep))
+        mixed = mixed + self.tokens.decode(pair_tokens.reshape(tokens.shape))
+        if sorted(members) == list(range(x.shape[1])):
+            return mixed[:, np.argsort(members)], keep
+        return x.at[:, members].set(mixed), keep
+
+
+def _replace(own, other, keep):
+    """m x_a + (1 - m) x_b: kept patches stay, pruned ones become the partner's."""
+    keep = keep.astype(own.dtype)
+    return keep * own + (1 - keep) * other

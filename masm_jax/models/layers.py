@@ -1,0 +1,132 @@
+"""Small layers: dense, norms, convolution block, moves between space and channels.
+
+Modules hold float32 parameters; they compute in the dtype of their input and reduce in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from masm_jax.models.conv import conv
+
+LEAKY_SLOPE = 0.01
+
+
+def depth_to_space(x, factor):
+    """(B, D, H, W, f^3 C) -> (B, f D, f H, f W, C); the channel order is (fd, fh, fw, C)."""
+    if factor == 1:
+        return x
+    b, d, h, w, c = x.shape
+    x = x.reshape(b, d, h, w, factor, factor, factor, c // factor**3)
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(b, d * factor, h * factor, w * factor, c // factor**3)
+
+
+def space_to_depth(x, factor):
+    """(B, f D, f H, f W, C) -> (B, D, H, W, f^3 C): the inverse of ``depth_to_space``."""
+    if factor == 1:
+        return x
+    b, d, h, w, c = x.shape
+    x = x.reshape(b, d // factor, factor, h // factor, factor, w // factor, factor, c)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(b, d // factor, h // factor, w // factor, factor**3 * c)
+
+
+def repeat3d(x, factor):
+    """Nearest upsampling of (..., D, H, W, C) by an integer factor."""
+    if factor == 1:
+        return x
+    *lead, d, h, w, c = x.shape
+    x = x.reshape(*lead, d, 1, h, 1, w, 1, c)
+    x = jnp.broadcast_to(x, (*lead, d, factor, h, factor, w, factor, c))
+    return x.reshape(*lead, d * factor, h * factor, w * factor, c)
+
+
+def average_pool(x, factor):
+    """Mean over cells of factor^3 voxels of (..., D, H, W, C), summed in float32."""
+    if factor == 1:
+        return x
+    *lead, d, h, w, c = x.shape
+    x = x.reshape(*lead, d // factor, factor, h // factor, factor, w // factor, factor, c)
+    return x.mean((-6, -4, -2), dtype=jnp.float32).astype(x.dtype)
+
+
+def instance_norm(x, scale, shift, eps=1e-5):
+    """Instance norm over the voxels, statistics in float32, applied as one scale and one shift.
+
+    E[x^2] - E[x]^2 cancels where the mean is large against the spread; taking off the value of one
+    voxel first leaves numbers of the size of the spread.
+
+    Args:
+      x: (B, D, H, W, C).
+      scale, shift: broadcastable to (B, 1, 1, 1, C), float32.
+      eps: added to the variance (PyTorch's default).
+
+    Returns:
+      (B, D, H, W, C) in the dtype of ``x``.
+    """
+    d, h, w = (n // 2 for n in x.shape[1:4])
+    anchor = jax.lax.stop_gradient(x[:, d : d + 1, h : h + 1, w : w + 1]).astype(jnp.float32)
+    centred = x.astype(jnp.float32) - anchor
+    mean = centred.mean((1, 2, 3), keepdims=True)
+    variance = (centred * centred).mean((1, 2, 3), keepdims=True) - mean * mean
+    gain = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + eps)
+    offset = shift - (mean + anchor) * gain
+    return x * gain.astype(x.dtype) + offset.astype(x.dtype)
+
+
+class Dense(nnx.Module):
+    """x @ kernel + bias over the last axis; ``init`` "lecun" or "zeros"."""
+
+    def __init__(self, features_in, features_out, *, rngs, init="lecun", bias=True):
+        make = {"lecun": nnx.initializers.lecun_normal(), "zeros": nnx.initializers.zeros}[init]
+        self.kernel = nnx.Param(make(rngs.params(), (features_in, features_out), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
+
+    def __call__(self, x):
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Norm over the last axis, statistics in float32, eps 1e-5."""
+
+    def __init__(self, features, *, rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+        self.shift = nnx.Param(jnp.zeros((features,), jnp.float32))
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+        return (y * self.scale[...] + self.shift[...]).astype(x.dtype)
+
+
+class ConvNorm(nnx.Module):
+    """Convolution 3x3x3, instance norm, leaky ReLU.
+
+    ``groups`` > 1 holds one scale and shift per modality where modalities are folded into the batch
+    (B * M, ...): the option ``modality_affine``. No convolution bias: the norm would take it off.
+    """
+
+    def __init__(self, features_in, features_out, *, rngs, stride=1, groups=1):
+        # He initialisation for the leaky slope (He et al. 2015), fan-in.
+        make = nnx.initializers.variance_scaling(2 / (1 + LEAKY_SLOPE**2), "fan_in", "normal")
+        shape = (3, 3, 3, features_in, features_out)
+        self.kernel = nnx.Param(make(rngs.params(), shape, jnp.float32))
+        self.scale = nnx.Param(jnp.ones((groups, features_out), jnp.float32))
+        self.shift = nnx.Param(jnp.zeros((groups, features_out), jnp.float32))
+        self.stride = stride
+
+    def __call__(self, x):
+        x = conv(x, self.kernel[...], stride=self.stride)
+        x = instance_norm(x, self._per_example(self.scale, x), self._per_example(self.shift, x))
+        return jax.nn.leaky_relu(x, LEAKY_SLOPE)
+
+    def _per_example(self, affine, x):
+        """(groups, C) -> (B or 1, 1, 1, 1, C); the folded batch runs modality fastest."""
+        groups, features = affine[...].shape
+        if groups == 1:
+            return affine[...].reshape(1, 1, 1, 1, features)
+        return jnp.tile(affine[...], (x.shape[0] // groups, 1))[:, None, None, None, :]

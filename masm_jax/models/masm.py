@@ -1,0 +1,198 @@
+"""MASM: an encoder shared by the modalities, mixers on the skips, one decoder.
+
+    scans (B, M, D, H, W)
+      -> space-to-depth stem (base, tiny), modalities folded into the batch
+      -> Encoder: features F^j (B, M, S_j^3, C_j), j = 1..6
+      -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic), "concat" (nothing)
+      -> Fuse: the M results become the skip of the level (B, S_j^3, C_j)
+      -> Decoder -> logits (B, D, H, W, R)
+
+Which mixer works at which level is data (``mixers``). With no mixers at all the modalities are
+concatenated at the input instead: the plain U-Net that every comparison starts from.
+Source: arXiv 2403.02074; docs/paper.md lists what the paper says and what we chose.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from masm_jax.models.aware import AwareMixer
+from masm_jax.models.decoder import Decoder
+from masm_jax.models.encoder import Encoder
+from masm_jax.models.layers import Dense, space_to_depth
+from masm_jax.models.shift import ShiftMixer
+
+MIXERS = ("aware", "shift", "concat")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """The constants of a size.
+
+    Attributes:
+      stem: edge of the space-to-depth stem (1 = none).
+      strides: per level, after the stem.
+      widths: channels C_j per level.
+      token_widths: d_j of the mixers per level.
+      head_width: channels per attention head.
+      token_size: edge of a token in input voxels, where the level allows it.
+      deep_heads: number of levels with a head while training.
+    """
+
+    stem: int
+    strides: tuple[int, ...]
+    widths: tuple[int, ...]
+    token_widths: tuple[int, ...]
+    head_width: int
+    token_size: int
+    deep_heads: int
+
+
+SIZES = {
+    "tiny": Size(
+        stem=2,
+        strides=(1, 2, 2, 2, 1, 1),
+        widths=(16, 32, 64, 96, 128, 128),
+        token_widths=(32, 64, 64, 64, 128, 128),
+        head_width=64,
+        token_size=8,
+        deep_heads=3,
+    ),
+    "base": Size(
+        stem=2,
+        strides=(1, 2, 2, 2, 2, 1),
+        widths=(24, 48, 96, 192, 256, 256),
+        token_widths=(96, 96, 128, 192, 256, 256),
+        head_width=32,
+        token_size=16,
+        deep_heads=4,
+    ),
+    "full": Size(
+        stem=1,
+        strides=(1, 2, 2, 2, 2, 2),
+        widths=(16, 32, 64, 128, 256, 320),
+        token_widths=(96, 96, 128, 192, 256, 320),
+        head_width=32,
+        token_size=16,
+        deep_heads=5,
+    ),
+}
+
+
+class MASM(nnx.Module):
+    """The network.
+
+    Args:
+      model: the ``model`` section of a config (configs/masm_brats.py says what each key means).
+      patch: edge length of the input in voxels, a multiple of ``divisor(model)``.
+      modalities: names, in the order of the input's axis.
+      num_regions: R.
+      rngs: for the parameters alone; nothing random is stored.
+    """
+
+    def __init__(self, model, *, patch, modalities, num_regions, rngs):
+        size = SIZES[model.size]
+        self.stem, self.mixer_names = size.stem, tuple(model.mixers)
+        folded = len(modalities) if self.mixer_names else 1  # modalities seen one by one, or as channels
+        channels = size.stem**3 * len(modalities) // folded
+        groups = folded if model.modality_affine else 1
+        self.encoder = Encoder(channels, size.widths, size.strides, rngs=rngs, groups=groups)
+        names = list(modalities)
+        pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
+        mixers, fuse = {}, []
+        stride = size.stem
+        for level, name in enumerate(self.mixer_names):
+            stride *= size.strides[level]
+            width = size.token_widths[level]
+            # Level 6 attends over its voxels; elsewhere a token spans token_size input voxels.
+            token = max(1, size.token_size // stride)
+            grid = (patch // (stride * token),) * 3
+            heads = max(1, width // size.head_width)
+            shared = dict(modalities=folded, width=width, heads=heads, rngs=rngs)
+            if name == "aware":
+                mixers[_key(level)] = AwareMixer(
+                    size.widths[level],
+                    token,
+                    grid,
+                    pairs=pairs,
+                    depth=model.aware_depth,
+                    keep_bias=model.keep_bias,
+                    **shared,
+                )
+            elif name == "shift":
+                mixers[_key(level)] = ShiftMixer(
+                    size.widths[level],
+                    token,
+                    grid,
+                    mosaic=model.mosaic,
+                    depth=model.shift_depth,
+                    **shared,
+                )
+            fuse.append(Dense(folded * size.widths[level], size.widths[level], rngs=rngs))
+        self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
+        self.decoder = Decoder(
+            size.widths,
+            size.strides,
+            stem=size.stem,
+            num_regions=num_regions,
+            heads=size.deep_heads,
+            rngs=rngs,
+        )
+
+    def __call__(self, x, *, key=None, temperature=1.0, deep=False):
+        """Segment.
+
+        Args:
+          x: (B, M, D, H, W) in the compute dtype, z-scored; D = H = W = patch.
+          key: PRNG key of the Gumbel noise while training; None decides without noise.
+          temperature: of the Gumbel-Softmax.
+          deep: also return the logits of the lower levels.
+
+        Returns:
+          logits: list of float32 arrays; first (B, D, H, W, R), then, if ``deep``, the grids of levels
+            2, 3, ...
+          keep: {"level1": (B, M', d, h, w) of 0 and 1, ...} of the Modality-Aware levels.
+        """
+        batch, modalities = x.shape[:2]
+        if self.mixer_names:
+            x = x.reshape(batch * modalities, *x.shape[2:], 1)
+        else:
+            x = jnp.moveaxis(x, 1, -1)
+        features = self.encoder(space_to_depth(x, self.stem))
+        if not self.mixer_names:
+            return self.decoder(features, deep), {}
+
+        skips, keep = [], {}
+        for level, (name, folded) in enumerate(zip(self.mixer_names, features)):
+            scans = folded.reshape(batch, modalities, *folded.shape[1:])
+            if name == "aware":
+                level_key = None if key is None else jax.random.fold_in(key, level)
+                scans, keep[_key(level)] = self.mixers[_key(level)](scans, level_key, temperature)
+            elif name == "shift":
+                scans = self.mixers[_key(level)](scans)
+            skips.append(self.fuse[level](_modalities_as_channels(scans)))
+        return self.decoder(skips, deep), keep
+
+
+def divisor(model):
+    """The number that a patch edge must be a multiple of: the total stride, and whole tokens."""
+    size = SIZES[model.size]
+    stride, needed = size.stem, size.stem
+    for level, step in enumerate(size.strides):
+        stride *= step
+        needed = max(needed, stride)
+        if model.mixers and model.mixers[level] != "concat":
+            needed = max(needed, stride * max(1, size.token_size // stride))
+    return needed
+
+
+def _key(level):
+    return f"level{level + 1}"
+
+
+def _modalities_as_channels(x):
+    """(B, M, D, H, W, C) -> (B, D, H, W, M C)."""
+    b, m, d, h, w, c = x.shape
+    return jnp.moveaxis(x, 1, 4).reshape(b, d, h, w, m * c)

@@ -1,0 +1,80 @@
+"""Mosaic patterns of the modality shift: which modality a place borrows its patch from.
+
+A pattern is a small periodic table of offsets; ``shift`` moves, at each place p, the patch of modality
+``(m + offset(p)) mod M`` into the plane of modality m. It is a permutation, so ``unshift`` is exact, and it
+has no parameters. Source: MASM (arXiv 2403.02074) swaps patches between modalities in a mosaic before
+self-attention; its pattern is not published, so every one here is our assumption (docs/paper.md). ``bayer``
+and ``tps`` follow the temporal patch shift of TPS (Xiang et al., ECCV 2022), with time read as modality.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+_BAYER = [[[0, 1], [3, 2]]]
+PATTERNS = {
+    "none": [[[0]]],
+    "bayer": _BAYER,  # every 2x2 cell over (h, w) holds each of four modalities once
+    "bayer3d": _BAYER + [[[2, 3], [1, 0]]],  # bayer + 2 (d mod 2): every 2x2x2 cell, each twice
+    "tps": [[[-4, 1, 2], [-1, 0, 3], [-2, -3, 4]]],
+    "diagonal": None,  # (d + h + w) mod M: its period is M
+}
+
+
+def offsets(pattern, grid, num_modalities):
+    """Offsets of a pattern on a token grid, taken mod M.
+
+    Args:
+      pattern: a name of PATTERNS, or a list of integers nested 2 deep (h, w) or 3 deep (d, h, w).
+      grid: (d, h, w) number of tokens per axis.
+      num_modalities: M >= 1.
+
+    Returns:
+      (d, h, w) int32 NumPy array with values in [0, M).
+
+    Raises:
+      ValueError: an unknown name, or a list that is not a 2-D or 3-D table.
+    """
+    if isinstance(pattern, str):
+        if pattern not in PATTERNS:
+            raise ValueError(
+                f"mosaic={pattern!r}: expected one of {sorted(PATTERNS)} or a list of integers"
+            )
+        table = PATTERNS[pattern]
+        if table is None:
+            return (np.indices(grid).sum(0) % num_modalities).astype(np.int32)
+    else:
+        table = pattern
+    table = np.asarray(table)
+    if table.ndim == 2:
+        table = table[None]
+    if table.ndim != 3 or not np.issubdtype(table.dtype, np.integer):
+        raise ValueError(f"mosaic={pattern!r}: expected integers nested 2 deep (h, w) or 3 (d, h, w)")
+    d, h, w = np.indices(grid)
+    periodic = table[d % table.shape[0], h % table.shape[1], w % table.shape[2]]
+    return (periodic % num_modalities).astype(np.int32)
+
+
+def shift(x, offsets):  # noqa: A002 - the published name
+    """X'[b, m, p] = X[b, (m + offset(p)) mod M, p]: one static gather over the modality axis.
+
+    Args:
+      x: (B, M, D, H, W, C).
+      offsets: (D, H, W) integers, constant while tracing.
+
+    Returns:
+      (B, M, D, H, W, C), a permutation of ``x`` within every place.
+    """
+    return _gather(x, np.asarray(offsets))
+
+
+def unshift(x, offsets):
+    """The exact inverse of ``shift`` with the same offsets."""
+    return _gather(x, -np.asarray(offsets))
+
+
+def _gather(x, offsets):
+    modalities = x.shape[1]
+    if not offsets.any() or modalities == 1:
+        return x
+    source = (np.arange(modalities)[:, None, None, None] + offsets) % modalities
+    return jnp.take_along_axis(x, source[None, ..., None], axis=1, mode="promise_in_bounds")

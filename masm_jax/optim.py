@@ -1,0 +1,66 @@
+"""Schedules and optimisers, all pure functions of the step: resuming cannot change a learning rate."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def learning_rate(optim, total_steps):
+    """Schedule: linear warm-up, then cosine to zero, polynomial (power 0.9), or constant.
+
+    Args:
+      optim: the ``optim`` section of a config.
+      total_steps: where the schedule ends.
+
+    Returns:
+      step -> learning rate.
+    """
+    after = max(1, total_steps - optim.warmup_steps)
+    bodies = {
+        "cosine": optax.cosine_decay_schedule(optim.learning_rate, after),
+        "poly": optax.polynomial_schedule(optim.learning_rate, 0.0, 0.9, after),
+        "constant": optax.constant_schedule(optim.learning_rate),
+    }
+    warmup = optax.linear_schedule(0.0, optim.learning_rate, max(1, optim.warmup_steps))
+    # Counted from one, so that the first step of a warm-up already moves.
+    joined = optax.join_schedules([warmup, bodies[optim.schedule]], [optim.warmup_steps])
+    return lambda step: joined(step + 1)
+
+
+def optimiser(optim, total_steps):
+    """Clipping by global norm, then AdamW or SGD with Nesterov momentum; decay on kernels alone."""
+    schedule = learning_rate(optim, total_steps)
+    if optim.name == "adamw":
+        update = optax.adamw(schedule, weight_decay=optim.weight_decay, mask=_is_kernel)
+    else:
+        # nnU-Net's SGD: the decay is part of the gradient and goes through the momentum.
+        update = optax.chain(
+            optax.add_decayed_weights(optim.weight_decay, mask=_is_kernel),
+            optax.sgd(schedule, momentum=optim.momentum, nesterov=True),
+        )
+    mixers = optax.masked(optax.scale(optim.mixer_rate), _in_mixers)
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), update, mixers)
+
+
+def temperature(gumbel, total_steps):
+    """Gumbel-Softmax temperature: exponential from ``start`` to ``end`` over the run."""
+    ratio = gumbel.end / gumbel.start
+    return lambda step: gumbel.start * ratio ** jnp.clip(step / total_steps, 0.0, 1.0)
+
+
+def average(ema, params, step, decay):
+    """Exponential moving average whose decay grows with the step: min(decay, (1 + s) / (10 + s)).
+
+    The first weights are forgotten quickly; with decay 0 the average is the weights themselves.
+    """
+    step = step.astype(jnp.float32)
+    rate = jnp.minimum(decay, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: old * rate + new * (1 - rate), ema, params)
+
+
+def _is_kernel(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+
+
+def _in_mixers(params):
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == "mixers", params)

@@ -1,0 +1,57 @@
+"""Process start: devices, logging, compilation cache, signals, exit codes."""
+
+import logging
+import os
+import pathlib
+import signal
+import sys
+
+import jax
+
+EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 1, 2, 3, 75
+
+
+def start(*, devices=0, cache=True):
+    """Set up logging and JAX; call before anything touches a device.
+
+    Args:
+      devices: force this many CPU devices (0 leaves it to JAX).
+      cache: keep compiled programs in ``~/.cache/masm_jax`` (or $JAX_COMPILATION_CACHE_DIR).
+    """
+    logging.basicConfig(
+        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("masm_jax").setLevel(logging.INFO)
+    if devices:
+        jax.config.update("jax_num_cpu_devices", devices)
+    if cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = pathlib.Path.home() / ".cache" / "masm_jax"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+class StopSignal:
+    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads; the second acts at once."""
+
+    def __init__(self):
+        self.name = None
+        self._previous = {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def __bool__(self):
+        return self.name is not None
+
+    def _receive(self, number, _frame):
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._previous[number])
+        logging.getLogger("masm_jax").warning(
+            "%s: finishing the step and saving; a second one stops at once", self.name
+        )

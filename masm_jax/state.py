@@ -1,0 +1,73 @@
+"""The network as functions, and the training state: plain nested dicts of arrays.
+
+NNX modules are parameter containers. They are split and merged here and nowhere else; what is
+trained, saved and restored is {"step", "params", "ema", "opt_state"}.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from masm_jax.models.masm import MASM
+from masm_jax.optim import optimiser
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+class Network:
+    """MASM of a config, without parameters.
+
+    Args:
+      config: a validated config.
+      modalities: names in the order of the input.
+      regions: {name: label values}, outer to inner.
+    """
+
+    def __init__(self, config, *, modalities, regions):
+        self.config = config
+        self.modalities, self.regions = tuple(modalities), dict(regions)
+        self.dtype = DTYPES[config.model.dtype]
+        self._build = functools.partial(
+            MASM,
+            config.model,
+            patch=config.patch,
+            modalities=self.modalities,
+            num_regions=len(self.regions),
+        )
+        abstract = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
+        self._graph, self._skeleton = nnx.split(abstract)
+
+    def init(self, seed):
+        """Fresh float32 parameters as a nested dict; a function of the seed, jit-able."""
+        model = self._build(rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+    def apply(self, params, x, *, key=None, temperature=1.0, deep=False):
+        """x: (B, M, D, H, W) of any float dtype -> (logits, keep), as ``MASM.__call__``."""
+        state = jax.tree.map(lambda leaf: leaf, self._skeleton)  # a copy, not shared between traces
+        nnx.replace_by_pure_dict(state, params)
+        model = nnx.merge(self._graph, state)
+        return model(x.astype(self.dtype), key=key, temperature=temperature, deep=deep)
+
+
+def init_state(network, seed):
+    """The state before the first step.
+
+    Returns:
+      {"step": int32 scalar, "params", "ema": nested dicts of float32, "opt_state": optax state}.
+    """
+    params = network.init(seed)
+    config = network.config
+    return {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "ema": jax.tree.map(jnp.copy, params),
+        "opt_state": optimiser(config.optim, config.total_steps).init(params),
+    }
+
+
+def num_parameters(params):
+    """Number of scalars in a (possibly abstract) parameter tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

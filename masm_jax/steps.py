@@ -1,0 +1,97 @@
+"""The compiled steps: train, evaluate a batch of patches, segment a batch of tiles.
+
+All are pure functions for ``jax.jit``; metrics stay on the device until somebody asks.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from masm_jax import losses, optim
+from masm_jax.data.augment import augment
+
+
+def train_step(network):
+    """One step of training: (state, batch) -> (state, metrics).
+
+    batch: {"image": (B, M, D, H, W) float16, "label": (B, D, H, W) uint8}. metrics: a flat dict of
+    float32 scalars. All randomness is folded from (config.seed, state["step"]).
+    """
+    config = network.config
+    tx = optim.optimiser(config.optim, config.total_steps)
+    schedule = optim.learning_rate(config.optim, config.total_steps)
+    temperature = optim.temperature(config.gumbel, config.total_steps)
+    regions = list(network.regions.values())
+
+    def step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        augment_key, gumbel_key = jax.random.split(key)
+        image, label = augment(
+            augment_key, batch["image"].astype(jnp.float32), batch["label"], recipe=config.augment
+        )
+        targets = losses.region_targets(label, regions)
+        heat = temperature(state["step"])
+
+        def loss_fn(params):
+            logits, keep = network.apply(
+                params, image, key=gumbel_key, temperature=heat, deep=True
+            )
+            segmentation, parts = losses.segmentation_loss(
+                logits, targets, batch_dice=config.loss.batch_dice
+            )
+            ratio = losses.ratio_loss(keep, config.loss.keep_target)
+            loss = segmentation + config.loss.ratio_weight * ratio
+            return loss, (parts | {"ratio_loss": ratio}, losses.keep_ratios(keep))
+
+        (loss, (parts, ratios)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
+            state["params"]
+        )
+        updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        metrics = {
+            "train/loss": loss,
+            **{f"train/{name}": value for name, value in parts.items()},
+            "train/learning_rate": schedule(state["step"]),
+            "train/grad_norm": optax.tree.norm(gradient),
+        }
+        if ratios:
+            metrics["train/temperature"] = heat
+            metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in ratios.items()}
+        state = {
+            "step": state["step"] + 1,
+            "params": params,
+            "ema": optim.average(state["ema"], params, state["step"], config.optim.ema_decay),
+            "opt_state": opt_state,
+        }
+        return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
+
+    return step
+
+
+def eval_step(network):
+    """Overlap on a batch of patches: (params, batch) -> {"overlap", "total"}: (R,) float32 sums.
+
+    2 * overlap / total, summed over many batches, is nnU-Net's "pseudo Dice": of patches, not of cases.
+    """
+    regions = list(network.regions.values())
+
+    def step(params, batch):
+        logits, _ = network.apply(params, batch["image"])
+        predicted = (logits[0] > 0).astype(jnp.float32)
+        targets = losses.region_targets(batch["label"], regions)
+        axes = (0, 1, 2, 3)
+        return {
+            "overlap": (predicted * targets).sum(axes),
+            "total": predicted.sum(axes) + targets.sum(axes),
+        }
+
+    return step
+
+
+def segment_step(network):
+    """Tiles to logits: (params, (B, M, D, H, W)) -> (B, D, H, W, R) float32."""
+
+    def step(params, image):
+        return network.apply(params, image)[0][0]
+
+    return step

@@ -1,0 +1,80 @@
+"""Decoding region probabilities into labels."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from masm_jax.inference.postprocess import decode
+
+# (WT, TC, ET) above the threshold -> label; BraTS 2021 labels, where enhancing tumour is 4.
+TRUTH = {
+    (0, 0, 0): 0,
+    (1, 0, 0): 2,
+    (1, 1, 0): 1,
+    (1, 1, 1): 4,
+    (0, 1, 0): 0,  # a core without a tumour around it is none
+    (0, 0, 1): 0,
+    (0, 1, 1): 0,
+    (1, 0, 1): 2,  # enhancing outside the core is painted as what surrounds it
+}
+PAINT = {"WT": 2, "TC": 1, "ET": 4}
+
+
+@pytest.mark.parametrize("paint", [PAINT, [2, 1, 4], dict(reversed(PAINT.items()))])
+def test_truth_table(paint):
+    cases = list(itertools.product((0, 1), repeat=3))
+    probabilities = np.where(np.array(cases, np.float32).T > 0, 0.51, 0.49)
+    labels = decode(probabilities, paint)
+    assert labels.dtype == np.uint8
+    assert dict(zip(cases, labels.tolist())) == TRUTH
+
+
+def test_internal_labels_by_default():
+    probabilities = np.array([[0.9] * 3, [0.1, 0.9, 0.9], [0.1, 0.1, 0.9]], np.float32)
+    assert decode(probabilities).tolist() == [2, 1, 3]
+
+
+def test_decoding_the_regions_of_labels_gives_the_labels():
+    labels = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint8)
+    regions = [np.isin(labels, v) for v in ((1, 2, 3), (1, 3), (3,))]
+    assert np.array_equal(decode(np.stack(regions).astype(np.float32)), labels)
+
+
+def test_threshold_is_exclusive_and_can_be_moved():
+    probabilities = np.array([[0.5, 0.6]])
+    regions = {"lesion": (1,)}
+    assert decode(probabilities, regions=regions).tolist() == [0, 1]
+    assert decode(probabilities, regions=regions, threshold=0.4).tolist() == [1, 1]
+
+
+def test_regions_that_are_not_nested_are_painted_in_order():
+    regions = {"oedema": (2,), "core": (1,)}
+    probabilities = np.array([[1, 1, 0, 0], [0, 1, 1, 0]], np.float32)
+    assert decode(probabilities, regions=regions).tolist() == [2, 1, 1, 0]
+    assert decode(probabilities, [7, 9], regions=regions).tolist() == [7, 9, 9, 0]
+
+
+def test_a_region_beside_a_nested_pair_is_independent_of_it():
+    regions = {"WT": (1, 2, 3), "TC": (1, 3), "RC": (4,)}
+    paint = {"WT": 2, "TC": 1, "RC": 4}
+    # columns: RC alone, TC without WT, RC over WT and TC
+    probabilities = np.array([[0, 0, 1], [0, 1, 1], [1, 0, 1]], np.float32)
+    assert decode(probabilities, paint, regions=regions).tolist() == [4, 0, 4]
+
+
+def test_what_does_not_fit_is_refused():
+    three = np.zeros((3, 2), np.float32)
+    with pytest.raises(ValueError, match="2 regions, expected 3"):
+        decode(three[:2])
+    with pytest.raises(ValueError, match="name one for each"):
+        decode(three, {"WT": 2})
+    with pytest.raises(ValueError, match="one label of 0 to 255"):
+        decode(three, [2, 1])
+    with pytest.raises(ValueError, match="one label of 0 to 255"):
+        decode(three, [2, 1, 300])
+    with pytest.raises(ValueError, match="no label of its own"):
+        decode(three[:2], regions={"a": (1,), "b": (1,)})
+    three[1, 0] = np.nan
+    with pytest.raises(ValueError, match="TC hold NaN"):
+        decode(three)

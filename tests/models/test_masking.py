@@ -1,0 +1,99 @@
+"""Keep decisions and the policy softmax."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from masm_jax.models.masking import policy_attention, policy_softmax, sample_keep
+
+
+def logits(seed=0, shape=(2, 500)):
+    return jax.random.normal(jax.random.key(seed), (*shape, 2))
+
+
+def test_without_a_key_it_is_the_argmax():
+    x = logits()
+    np.testing.assert_array_equal(sample_keep(x, None, 1.0), np.argmax(x, -1) == 0)
+
+
+def test_with_a_key_it_is_hard_and_follows_the_softmax():
+    x = jnp.broadcast_to(jnp.array([1.0, 0.0]), (1, 40_000, 2))
+    keep = sample_keep(x, jax.random.key(0), 0.5)
+    assert set(np.unique(keep.round(5))) == {0.0, 1.0}
+    # P(keep) = softmax at temperature 1, whatever the temperature: that only shapes the gradient.
+    assert float(keep.mean()) == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_gradient_is_that_of_the_soft_sample(temperature):
+    x, key = logits(), jax.random.key(3)
+    weight = jax.random.normal(jax.random.key(4), x.shape[:2])
+    gradient = jax.grad(lambda x: (sample_keep(x, key, temperature) * weight).sum())(x)
+    noise = np.asarray(jax.random.logistic(key, x.shape[:2]), np.float64)
+    margin = np.asarray(x[..., 0] - x[..., 1], np.float64)
+    soft = 1 / (1 + np.exp(-(margin + noise) / temperature))
+    expected = np.asarray(weight) * soft * (1 - soft) / temperature
+    np.testing.assert_allclose(gradient[..., 0], expected, rtol=2e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient[..., 1], -expected, rtol=2e-4, atol=1e-6)
+
+
+def test_noise_differs_per_step_under_jit():
+    @jax.jit
+    def at(step):
+        return sample_keep(logits() * 0, jax.random.fold_in(jax.random.key(0), step), 1.0)
+
+    assert not np.array_equal(at(0), at(1))
+    np.testing.assert_array_equal(at(1), at(1))
+
+
+def written_out(scores, keep, eps):
+    """The formula in loops, float64."""
+    batch, heads, queries, keys = scores.shape
+    out = np.empty(scores.shape)
+    for b in range(batch):
+        for h in range(heads):
+            for q in range(queries):
+                peak = scores[b, h, q].max()
+                allowed = [keep[b, k] + (1 - keep[b, k]) * (q == k) for k in range(keys)]
+                a = [np.exp(scores[b, h, q, k] - peak) * allowed[k] for k in range(keys)]
+                for k in range(keys):
+                    out[b, h, q, k] = (a[k] + eps / keys) / (sum(a) + eps)
+    return out
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_policy_softmax_against_loops(share):
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=(2, 3, 7, 7)).astype(np.float32) * 3
+    keep = (rng.random((2, 7)) < share).astype(np.float32)
+    weights = policy_softmax(jnp.asarray(scores), jnp.asarray(keep))
+    np.testing.assert_allclose(weights, written_out(scores, keep, 1e-6), atol=2e-6)
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+    if share == 0:  # all pruned: each token sees itself
+        assert (np.argmax(weights, -1) == np.arange(7)).all()
+    if share == 1:
+        np.testing.assert_allclose(weights, jax.nn.softmax(scores), atol=1e-5)
+
+
+def test_policy_softmax_in_bfloat16_and_with_huge_scores_is_finite():
+    scores = jnp.full((1, 1, 4, 4), 3e38, jnp.bfloat16)
+    weights = policy_softmax(scores, jnp.array([[1, 0, 0, 1]]))
+    assert weights.dtype == jnp.float32 and bool(jnp.isfinite(weights).all())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_policy_attention_has_the_gradients_of_its_definition(share):
+    q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(3))
+    keep = (jax.random.uniform(jax.random.key(5), (2, 9)) < share).astype(jnp.float32)
+
+    def defined(q, k, v, keep):
+        return policy_softmax(q @ k.swapaxes(-1, -2), keep) @ v
+
+    weight = jax.random.normal(jax.random.key(6), v.shape)
+    for ours, theirs in zip(*(
+        jax.value_and_grad(lambda *a: (fn(*a) * weight).sum(), (0, 1, 2, 3))(q, k, v, keep)
+        for fn in (policy_attention, defined)
+    )):  # fmt: skip
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))

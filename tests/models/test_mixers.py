@@ -1,0 +1,107 @@
+"""The two mixers against their definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from masm_jax.models.aware import AwareMixer
+from masm_jax.models.shift import ShiftMixer
+from masm_jax.models.tokens import Tokens
+
+GRID = (2, 2, 2)
+SHAPE = (2, 4, 8, 8, 8, 6)  # patches of 4
+
+
+def aware(pairs=((0, 1), (2, 3)), keep_bias=3.0):
+    return AwareMixer(
+        6, 4, GRID, pairs=pairs, modalities=4, width=16, heads=2, depth=1, keep_bias=keep_bias,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+
+
+def test_starts_as_nothing():
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    mixed, keep = aware(keep_bias=20.0)(x)
+    assert keep.shape == (2, 4, *GRID) and float(keep.min()) == 1
+    np.testing.assert_array_equal(mixed, x)
+    shift = ShiftMixer(
+        6, 4, GRID, mosaic="bayer3d", modalities=4, width=16, heads=2, depth=2, rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_array_equal(shift(x), x)
+
+
+def test_pruned_patches_become_the_partners():
+    """Everything pruned: the members of each pair trade places, voxel for voxel."""
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    mixed, keep = aware(keep_bias=-20.0)(x)
+    assert float(keep.max()) == 0
+    np.testing.assert_array_equal(mixed, x[:, np.array([1, 0, 3, 2])])
+
+
+def test_a_modality_in_no_pair_passes_through():
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    mixed, keep = aware(pairs=((0, 3),), keep_bias=-20.0)(x)
+    assert keep.shape == (2, 2, *GRID)
+    np.testing.assert_array_equal(mixed, x[:, np.array([3, 1, 2, 0])])
+
+
+def test_gradient_reaches_every_parameter_of_the_mixer():
+    mixer = aware(keep_bias=0.0)
+    mixer.tokens.restore.kernel[...] = 0.1 * jax.random.normal(
+        jax.random.key(5), mixer.tokens.restore.kernel[...].shape
+    )
+    graph, params = nnx.split(mixer)
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+
+    def loss(params):
+        mixed, _ = nnx.merge(graph, params)(x, jax.random.key(1), 1.0)
+        return (mixed**3).sum()
+
+    gradient = nnx.to_pure_dict(jax.grad(loss)(params))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+        assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
+
+
+def test_pairs_do_not_see_each_other():
+    mixer = aware(keep_bias=20.0)
+    mixer.tokens.restore.kernel[...] = jnp.ones_like(mixer.tokens.restore.kernel[...])
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    changed = x.at[:, 1].add(1.0)
+    difference = np.abs(np.asarray(mixer(changed)[0] - mixer(x)[0])).max((0, 2, 3, 4, 5))
+    assert difference[0] > 0 and difference[1] > 0
+    np.testing.assert_array_equal(difference[2:], 0)
+
+
+def test_the_shift_lets_every_modality_see_every_other():
+    mixer = ShiftMixer(
+        6, 4, GRID, mosaic="bayer3d", modalities=4, width=16, heads=2, depth=1, rngs=nnx.Rngs(0)
+    )
+    mixer.tokens.restore.kernel[...] = jax.random.normal(jax.random.key(2), (16, 48))
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    changed = x.at[:, 2, :4, :4, :4].add(1.0)  # one patch of one modality
+    difference = np.abs(np.asarray(mixer(changed) - mixer(x)))
+    assert (difference.max((0, 2, 3, 4, 5)) > 0).all()
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_tokens_keep_places(patch):
+    """A change in one patch changes one token, and the way back writes into that patch alone."""
+    tokens = Tokens(3, 8, patch, (4, 4, 4), 2, rngs=nnx.Rngs(0))
+    tokens.restore.kernel[...] = jax.random.normal(jax.random.key(1), tokens.restore.kernel.shape)
+    edge = 4 * patch
+    x = jax.random.normal(jax.random.key(0), (1, 2, edge, edge, edge, 3))
+    changed = x.at[0, 1, 2 * patch, patch, 3 * patch].add(5.0)
+    before, after = tokens.encode(x), tokens.encode(changed)
+    moved = np.argwhere(np.asarray(jnp.abs(after - before).max(-1)) > 0)
+    assert moved.tolist() == [[0, 1, 2, 1, 3]]
+    voxels = np.asarray(jnp.abs(tokens.decode(after) - tokens.decode(before)).max(-1)) > 0
+    box = np.zeros_like(voxels)
+    box[0, 1, 2 * patch : 3 * patch, patch : 2 * patch, 3 * patch : 4 * patch] = True
+    assert voxels.any() and not (voxels & ~box).any()
+
+
+def test_another_grid_is_refused():
+    with pytest.raises(ValueError, match="token grid"):
+        aware()(jnp.zeros((1, 4, 16, 16, 16, 6)))

@@ -1,0 +1,170 @@
+"""Blocks against PyTorch with the same weights, at 1e-5."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from masm_jax.models import layers
+from masm_jax.models.attention import MLP, SelfAttention
+from masm_jax.models.conv import LOWERINGS, conv
+from masm_jax.models.masking import policy_softmax
+
+torch = pytest.importorskip("torch", reason="parity needs torch: requirements-test.txt")
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+def normal(seed, *shape, scale=1.0):
+    return (np.random.default_rng(seed).normal(size=shape) * scale).astype(np.float32)
+
+
+def to_torch(x):
+    """(B, D, H, W, C) -> (B, C, D, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+
+
+def from_torch(x):
+    return np.moveaxis(x.detach().numpy(), 1, -1)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 1])
+def test_convolution_and_its_gradients(lowering, stride, size):
+    x, kernel = normal(0, 2, 6, 7, 8, 3), normal(1, size, size, size, 3, 5, scale=0.2)
+    tx = to_torch(x).requires_grad_()
+    tk = torch.from_numpy(kernel.transpose(4, 3, 0, 1, 2).copy()).requires_grad_()
+    ty = torch.nn.functional.conv3d(tx, tk, stride=stride, padding=size // 2)
+    weight = normal(2, *from_torch(ty).shape)
+    (ty * to_torch(weight)).sum().backward()
+
+    def loss(x, kernel):
+        y = conv(x, kernel, stride=stride, lowering=lowering)
+        return (y * weight).sum(), y
+
+    (_, y), (gx, gk) = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel)
+    np.testing.assert_allclose(y, from_torch(ty), **TOLERANCE)
+    np.testing.assert_allclose(gx, from_torch(tx.grad), **TOLERANCE)
+    scale = float(tk.grad.abs().max())
+    np.testing.assert_allclose(
+        gk / scale, tk.grad.numpy().transpose(2, 3, 4, 1, 0) / scale, **TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_conv_norm_block(offset):
+    """Convolution, instance norm and leaky ReLU; also where the mean dwarfs the spread."""
+    block = layers.ConvNorm(3, 4, rngs=nnx.Rngs(0), stride=2)
+    block.scale[...], block.shift[...] = jnp.asarray(normal(5, 1, 4)), jnp.asarray(normal(6, 1, 4))
+    x = normal(7, 2, 8, 8, 8, 3) + offset
+    norm = torch.nn.InstanceNorm3d(4, affine=True)
+    norm.weight.data = torch.from_numpy(np.array(block.scale[...][0]))
+    norm.bias.data = torch.from_numpy(np.array(block.shift[...][0]))
+    kernel = torch.from_numpy(np.array(block.kernel[...]).transpose(4, 3, 0, 1, 2).copy())
+    y = torch.nn.functional.conv3d(to_torch(x), kernel, stride=2, padding=1)
+    expected = torch.nn.functional.leaky_relu(norm(y), 0.01)
+    tolerance = TOLERANCE if offset == 0 else dict(rtol=1e-3, atol=1e-3)  # float32 of the sums
+    np.testing.assert_allclose(block(jnp.asarray(x)), from_torch(expected), **tolerance)
+
+
+def test_instance_norm_does_not_cancel():
+    """Mean 1000, spread 0.1: E[x^2] - E[x]^2 in float32 would leave noise."""
+    x = 1000 + normal(0, 1, 12, 12, 12, 2, scale=0.1)
+    y = layers.instance_norm(jnp.asarray(x), jnp.ones((1, 1, 1, 1, 2)), jnp.zeros((1, 1, 1, 1, 2)))
+    wide = x.astype(np.float64)
+    mean, var = wide.mean((1, 2, 3)), wide.var((1, 2, 3))
+    np.testing.assert_allclose(y, (wide - mean) / np.sqrt(var + 1e-5), atol=5e-3)
+
+
+def test_norm_per_modality():
+    block = layers.ConvNorm(2, 3, rngs=nnx.Rngs(0), groups=2)
+    x = jnp.asarray(normal(1, 4, 4, 4, 4, 2))  # B = 2, M = 2, modality fastest
+    before = block(x)
+    block.shift[...] = block.shift[...].at[1].set(5.0)
+    after = block(x)
+    np.testing.assert_array_equal(before[0::2], after[0::2])
+    assert (np.asarray(after[1::2]) > np.asarray(before[1::2])).all()
+
+
+def test_depth_to_space_is_a_transposed_convolution():
+    """dense + depth-to-space against ConvTranspose3d of kernel 2 and stride 2, bias included."""
+    x, kernel, bias = normal(0, 2, 3, 4, 5, 6), normal(1, 6, 2, 2, 2, 3), normal(2, 3)
+    up = torch.nn.ConvTranspose3d(6, 3, 2, stride=2)
+    up.weight.data = torch.from_numpy(kernel.transpose(0, 4, 1, 2, 3).copy())
+    up.bias.data = torch.from_numpy(bias)
+    y = layers.depth_to_space(jnp.asarray(x) @ kernel.reshape(6, 24) + np.tile(bias, 8), 2)
+    np.testing.assert_allclose(y, from_torch(up(to_torch(x))), **TOLERANCE)
+
+
+def test_space_to_depth_is_the_inverse():
+    x = jnp.asarray(normal(0, 2, 4, 6, 8, 3))
+    np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, 2), 2), x)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_pooling_and_repeating(factor):
+    x = normal(0, 2, 8, 8, 8, 3)
+    pooled = layers.average_pool(jnp.asarray(x), factor)
+    np.testing.assert_allclose(
+        pooled, from_torch(torch.nn.functional.avg_pool3d(to_torch(x), factor)), **TOLERANCE
+    )
+    repeated = torch.nn.functional.interpolate(to_torch(x), scale_factor=factor, mode="nearest")
+    np.testing.assert_array_equal(layers.repeat3d(jnp.asarray(x), factor), from_torch(repeated))
+
+
+def test_layer_norm():
+    layer = layers.LayerNorm(8, rngs=nnx.Rngs(0))
+    layer.scale[...], layer.shift[...] = jnp.asarray(normal(1, 8)), jnp.asarray(normal(2, 8))
+    x = normal(0, 3, 5, 8)
+    expected = torch.nn.functional.layer_norm(
+        torch.from_numpy(x),
+        (8,),
+        torch.from_numpy(np.array(layer.scale[...])),
+        torch.from_numpy(np.array(layer.shift[...])),
+    )
+    np.testing.assert_allclose(layer(jnp.asarray(x)), expected.numpy(), **TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention(masked):
+    """Against torch.nn.MultiheadAttention; masked with keys barred except for the token itself."""
+    block = SelfAttention(16, 4, rngs=nnx.Rngs(0))
+    x = normal(3, 2, 9, 16)
+    keep = (np.random.default_rng(0).random((2, 9)) < 0.5).astype(np.float32)
+    reference = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+    reference.in_proj_weight.data = torch.from_numpy(np.array(block.qkv.kernel[...]).T.copy())
+    reference.in_proj_bias.data = torch.from_numpy(np.array(block.qkv.bias[...]))
+    reference.out_proj.weight.data = torch.from_numpy(np.array(block.out.kernel[...]).T.copy())
+    reference.out_proj.bias.data = torch.from_numpy(np.array(block.out.bias[...]))
+    tx = torch.from_numpy(x)
+    normed = torch.nn.functional.layer_norm(tx, (16,))
+    barred = None
+    if masked:
+        allowed = keep[:, None, :] + (1 - keep[:, None, :]) * np.eye(9)
+        barred = torch.from_numpy(np.repeat(allowed == 0, 4, axis=0))
+    y, _ = reference(normed, normed, normed, attn_mask=barred, need_weights=False)
+    ours = block(jnp.asarray(x), jnp.asarray(keep) if masked else None)
+    np.testing.assert_allclose(ours, (tx + y).detach().numpy(), rtol=1e-5, atol=2e-5)
+
+
+def test_mlp():
+    block = MLP(8, rngs=nnx.Rngs(0))
+    x = normal(0, 2, 5, 8)
+    up = torch.from_numpy(np.array(block.up.kernel[...])), torch.from_numpy(np.array(block.up.bias[...]))
+    down = torch.from_numpy(np.array(block.down.kernel[...]))
+    hidden = torch.nn.functional.layer_norm(torch.from_numpy(x), (8,)) @ up[0] + up[1]
+    expected = torch.from_numpy(x) + torch.nn.functional.gelu(hidden) @ down
+    np.testing.assert_allclose(block(jnp.asarray(x)), expected.numpy(), **TOLERANCE)
+
+
+def test_policy_softmax_equals_dynamicvits():
+    """The same numbers as the published formula in torch (DynamicViT, softmax_with_policy)."""
+    scores, keep = normal(0, 2, 3, 6, 6), (normal(1, 2, 6) > 0).astype(np.float32)
+    ts, tk = torch.from_numpy(scores), torch.from_numpy(keep)
+    policy = tk.reshape(2, 1, 1, 6)
+    policy = policy + (1 - policy) * torch.eye(6).reshape(1, 1, 6, 6)
+    a = (ts - ts.max(-1, keepdim=True)[0]).exp() * policy
+    expected = (a + 1e-6 / 6) / (a.sum(-1, keepdim=True) + 1e-6)
+    ours = policy_softmax(jnp.asarray(scores), jnp.asarray(keep))
+    np.testing.assert_allclose(ours, expected.numpy(), **TOLERANCE)
