@@ -12,6 +12,7 @@ import logging
 import pathlib
 import sys
 import time
+from functools import partial
 
 import jax
 from absl import app, flags
@@ -19,11 +20,12 @@ from ml_collections import config_flags
 
 from masm_jax import checkpoint, runtime, sharding
 from masm_jax import config as config_lib
-from masm_jax.data import pipeline, records as records_lib
+from masm_jax.data import pipeline
+from masm_jax.data import records as records_lib
 from masm_jax.evaluation import report, validation
 from masm_jax.inference.volume import Segmenter
 from masm_jax.metric_log import MetricLog, NonFinite
-from masm_jax.state import Network, init_state, num_parameters
+from masm_jax.state import Network, abstract_state, init_state, num_parameters
 from masm_jax.steps import eval_step, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -62,11 +64,7 @@ def train(config, workdir):
             f"{mesh.devices.size} devices; set it to one, or use fewer devices"
         )
     everywhere = sharding.replicated(mesh)
-
-    def new_state():
-        return init_state(network, config.seed)
-
-    abstract = jax.eval_shape(new_state)
+    abstract = abstract_state(network)
     checkpoints = checkpoint.Checkpoints(workdir)
     start, dice = checkpoints.latest() or 0, None
     if start:
@@ -75,7 +73,8 @@ def train(config, workdir):
         dice = meta["dice"]
         log.info("continuing at step %d", start)
     else:
-        state = jax.jit(new_state, out_shardings=everywhere)()
+        params = jax.device_put(network.init(config.seed), everywhere)
+        state = jax.jit(partial(init_state, network), out_shardings=everywhere)(params)
     log.info(
         "%.2f M parameters in %s; %d %s device(s)",
         num_parameters(abstract["params"]) / 1e6,

@@ -35,13 +35,13 @@ def get_config():
     model.mosaic = "bayer3d"  # of the Modality-Shift mixer (models/mosaic.py)
     model.aware_depth = 1  # attention blocks per Modality-Aware mixer
     model.shift_depth = 2  # blocks of the Modality-Shift mixer
-    model.keep_bias = 3.0  # logit of "keep" at the start: sigmoid(3) = 95 % of the tokens
+    model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
     model.modality_affine = False  # norms learn a scale and shift per modality
     model.dtype = "bfloat16"  # of the computation; parameters and reductions are float32
 
     config.loss = loss = ml_collections.ConfigDict()
     loss.batch_dice = True  # sum Dice over the batch (ET is absent from some crops)
-    loss.keep_target = 0.7  # share of tokens the Modality-Aware mixers should keep
+    loss.keep_target = 0.7  # share of tokens to keep from half of the run on; falls from 1 to it
     loss.ratio_weight = 0.1  # weight of (mean keep - target)^2
 
     config.optim = optim = ml_collections.ConfigDict()

@@ -32,7 +32,10 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(preservation_policy=keep),
-            item_names=("state", "meta"),
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def save(self, step, state, *, dice, meta):
@@ -72,21 +75,31 @@ class Checkpoints:
         Returns:
           state, meta.
         """
+        self._check_network(step, abstract_state["params"])
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
             ),
         )
-        for (path, want), got in zip(
-            jax.tree_util.tree_leaves_with_path(abstract_state), jax.tree.leaves(restored.state)
-        ):
-            if want.shape != got.shape or want.dtype != got.dtype:
-                raise ValueError(
-                    f"{self.folder}/{step}: {jax.tree_util.keystr(path)} is {got.shape} {got.dtype}, the "
-                    f"network has {want.shape} {want.dtype}; this checkpoint is of another network"
-                )
         return restored.state, restored.meta
+
+    def _check_network(self, step, params):
+        """Orbax says it in two hundred lines, and casts a wrong dtype silently."""
+        saved = self._manager.item_metadata(step).state
+        saved = _by_path(getattr(saved, "tree", saved)["params"])
+        wanted = _by_path(params)
+        for name in sorted(saved.keys() | wanted.keys()):
+            has, needs = (
+                f"{tuple(leaf.shape)} {leaf.dtype}" if (leaf := tree.get(name)) is not None else "none"
+                for tree in (saved, wanted)
+            )
+            if has != needs:
+                raise ValueError(
+                    f"{self.folder / str(step)}: parameter {name} is {has} there and {needs} in the "
+                    f"network: it was trained with another config or version of the code; use those, "
+                    f"or train anew in another --workdir"
+                )
 
     def meta(self, step):
         """The metadata saved with a step."""
@@ -108,3 +121,8 @@ def with_sharding(abstract_state, sharding):
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
     )
+
+
+def _by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

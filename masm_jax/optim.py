@@ -48,6 +48,14 @@ def temperature(gumbel, total_steps):
     return lambda step: gumbel.start * ratio ** jnp.clip(step / total_steps, 0.0, 1.0)
 
 
+def keep_target(loss, total_steps):
+    """Target of the keep ratio: from 1 down to ``keep_target`` over the first half of the run.
+
+    Pruning from the first step replaces patches at random, before features or predictor mean anything.
+    """
+    return lambda step: 1 - (1 - loss.keep_target) * jnp.clip(2 * step / total_steps, 0.0, 1.0)
+
+
 def average(ema, params, step, decay):
     """Exponential moving average whose decay grows with the step: min(decay, (1 + s) / (10 + s)).
 

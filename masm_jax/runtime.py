@@ -19,9 +19,11 @@ def start(*, devices=0, cache=True):
       cache: keep compiled programs in ``~/.cache/masm_jax`` (or $JAX_COMPILATION_CACHE_DIR).
     """
     logging.basicConfig(
-        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
     )
     logging.getLogger("masm_jax").setLevel(logging.INFO)
+    for library in ("absl", "jax", "orbax"):  # checkpointing alone says fifty lines a save
+        logging.getLogger(library).setLevel(logging.ERROR)
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
     if cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from masm_jax.models.init import Initialiser
 from masm_jax.models.masm import MASM
 from masm_jax.optim import optimiser
 
@@ -36,12 +37,12 @@ class Network:
             modalities=self.modalities,
             num_regions=len(self.regions),
         )
-        abstract = nnx.eval_shape(lambda: self._build(rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(lambda: self._build(init=Initialiser(None)))
         self._graph, self._skeleton = nnx.split(abstract)
 
     def init(self, seed):
-        """Fresh float32 parameters as a nested dict; a function of the seed, jit-able."""
-        model = self._build(rngs=nnx.Rngs(seed))
+        """Fresh float32 parameters on the host, a nested dict; seed None: zeros, for shapes."""
+        model = self._build(init=Initialiser(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
     def apply(self, params, x, *, key=None, temperature=1.0, deep=False):
@@ -52,13 +53,16 @@ class Network:
         return model(x.astype(self.dtype), key=key, temperature=temperature, deep=deep)
 
 
-def init_state(network, seed):
-    """The state before the first step.
+def init_state(network, params):
+    """The state before the first step; jit-able.
+
+    Args:
+      network: the network.
+      params: ``network.init(seed)``.
 
     Returns:
       {"step": int32 scalar, "params", "ema": nested dicts of float32, "opt_state": optax state}.
     """
-    params = network.init(seed)
     config = network.config
     return {
         "step": jnp.zeros((), jnp.int32),
@@ -66,6 +70,11 @@ def init_state(network, seed):
         "ema": jax.tree.map(jnp.copy, params),
         "opt_state": optimiser(config.optim, config.total_steps).init(params),
     }
+
+
+def abstract_state(network):
+    """Shapes and dtypes of the state: a tree of ShapeDtypeStructs, nothing computed."""
+    return jax.eval_shape(lambda: init_state(network, network.init(None)))
 
 
 def num_parameters(params):

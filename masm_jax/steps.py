@@ -21,6 +21,7 @@ def train_step(network):
     tx = optim.optimiser(config.optim, config.total_steps)
     schedule = optim.learning_rate(config.optim, config.total_steps)
     temperature = optim.temperature(config.gumbel, config.total_steps)
+    keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
     def step(state, batch):
@@ -39,7 +40,7 @@ def train_step(network):
             segmentation, parts = losses.segmentation_loss(
                 logits, targets, batch_dice=config.loss.batch_dice
             )
-            ratio = losses.ratio_loss(keep, config.loss.keep_target)
+            ratio = losses.ratio_loss(keep, keep_target(state["step"]))
             loss = segmentation + config.loss.ratio_weight * ratio
             return loss, (parts | {"ratio_loss": ratio}, losses.keep_ratios(keep))
 

@@ -7,7 +7,7 @@ from masm_jax import checkpoint, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import preprocess
 from masm_jax.inference import postprocess, sliding_window
-from masm_jax.state import Network, init_state
+from masm_jax.state import Network, abstract_state
 from masm_jax.steps import segment_step
 
 
@@ -79,8 +79,7 @@ def load_run(workdir, *, which="latest", mesh=None):
         raise ValueError(f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?")
     meta = checkpoints.meta(step)
     network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
-    abstract = jax.eval_shape(lambda: init_state(network, config.seed))
-    target = checkpoint.with_sharding(abstract, sharding.replicated(mesh))
+    target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))
     state, meta = checkpoints.restore(step, target)
     checkpoints.close()
     return Segmenter(network, state["ema"], mesh), meta

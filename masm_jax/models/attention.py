@@ -11,10 +11,10 @@ from masm_jax.models.masking import policy_attention
 class SelfAttention(nnx.Module):
     """Pre-norm multi-head self-attention with a residual; the softmax is in float32."""
 
-    def __init__(self, width, heads, *, rngs):
-        self.norm = LayerNorm(width, rngs=rngs)
-        self.qkv = Dense(width, 3 * width, rngs=rngs)
-        self.out = Dense(width, width, rngs=rngs)
+    def __init__(self, width, heads, *, init):
+        self.norm = LayerNorm(width)
+        self.qkv = Dense(width, 3 * width, init=init)
+        self.out = Dense(width, width, init=init)
         self.heads = heads
 
     def __call__(self, x, keep=None):
@@ -35,10 +35,10 @@ class SelfAttention(nnx.Module):
 class MLP(nnx.Module):
     """Pre-norm two-layer perceptron with a residual; exact (erf) GELU, as PyTorch."""
 
-    def __init__(self, width, *, rngs, ratio=2):
-        self.norm = LayerNorm(width, rngs=rngs)
-        self.up = Dense(width, ratio * width, rngs=rngs)
-        self.down = Dense(ratio * width, width, rngs=rngs)
+    def __init__(self, width, *, init, ratio=2):
+        self.norm = LayerNorm(width)
+        self.up = Dense(width, ratio * width, init=init)
+        self.down = Dense(ratio * width, width, init=init)
 
     def __call__(self, x):
         return x + self.down(jax.nn.gelu(self.up(self.norm(x)), approximate=False))

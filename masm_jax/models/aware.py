@@ -22,11 +22,11 @@ class Predictor(nnx.Module):
     ``bias`` is the logit difference at the start: sigmoid(bias) is the first share of kept tokens.
     """
 
-    def __init__(self, width, *, rngs, bias):
-        self.norm = LayerNorm(width, rngs=rngs)
-        self.inner = Dense(width, width, rngs=rngs)
-        self.hidden = Dense(width, width // 2, rngs=rngs)
-        self.logits = Dense(width // 2, 2, rngs=rngs)
+    def __init__(self, width, *, init, bias):
+        self.norm = LayerNorm(width)
+        self.inner = Dense(width, width, init=init)
+        self.hidden = Dense(width, width // 2, init=init)
+        self.logits = Dense(width // 2, 2, init=init)
         self.logits.bias[...] = jnp.array([bias / 2, -bias / 2], jnp.float32)
 
     def __call__(self, x):
@@ -51,13 +51,13 @@ class AwareMixer(nnx.Module):
     """
 
     def __init__(
-        self, channels, patch, grid, *, pairs, modalities, width, heads, depth, keep_bias, rngs
+        self, channels, patch, grid, *, pairs, modalities, width, heads, depth, keep_bias, init
     ):
         self.pairs = tuple(tuple(pair) for pair in pairs)
-        self.tokens = Tokens(channels, width, patch, grid, modalities, rngs=rngs)
-        self.predictor = Predictor(width, rngs=rngs, bias=keep_bias)
-        self.attention = nnx.List([SelfAttention(width, heads, rngs=rngs) for _ in range(depth)])
-        self.mlp = nnx.List([MLP(width, rngs=rngs) for _ in range(depth)])
+        self.tokens = Tokens(channels, width, patch, grid, modalities, init=init)
+        self.predictor = Predictor(width, init=init, bias=keep_bias)
+        self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
+        self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 
     def __call__(self, x, key=None, temperature=1.0):
         """Mix the pairs.
@@ -88,7 +88,7 @@ class AwareMixer(nnx.Module):
         pair_keep = keep.reshape(batch * len(self.pairs), -1)
         for attention, mlp in zip(self.attention, self.mlp):
             pair_tokens = mlp(attention(pair_tokens, pair_keep))
-        mixed = mixed + self.tokens.decode(pair_tokens.reshape(tokens.shape))
+        mixed = self.tokens.modulate(mixed, pair_tokens.reshape(tokens.shape))
         if sorted(members) == list(range(x.shape[1])):
             return mixed[:, np.argsort(members)], keep
         return x.at[:, members].set(mixed), keep

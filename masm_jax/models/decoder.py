@@ -21,17 +21,17 @@ class Decoder(nnx.Module):
       heads: number of levels, from the first, with a head.
     """
 
-    def __init__(self, widths, strides, *, stem, num_regions, heads, rngs):
+    def __init__(self, widths, strides, *, stem, num_regions, heads, init):
         ups, blocks = [], []
         for level in range(len(widths) - 1):
             width, below = widths[level], widths[level + 1]
-            ups.append(Dense(below, strides[level + 1] ** 3 * width, rngs=rngs))
-            first = ConvNorm(2 * width, width, rngs=rngs)
-            blocks.append(nnx.List([first, ConvNorm(width, width, rngs=rngs)]))
+            ups.append(Dense(below, strides[level + 1] ** 3 * width, init=init))
+            first = ConvNorm(2 * width, width, init=init)
+            blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
         factors = [stem] + [1] * (heads - 1)
         self.heads = nnx.List(
-            [Dense(widths[i], f**3 * num_regions, rngs=rngs) for i, f in enumerate(factors)]
+            [Dense(widths[i], f**3 * num_regions, init=init) for i, f in enumerate(factors)]
         )
         for head in self.heads:
             head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)

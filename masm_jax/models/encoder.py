@@ -12,11 +12,11 @@ class Encoder(nnx.Module):
     learn a scale and shift per modality, else 1.
     """
 
-    def __init__(self, channels_in, widths, strides, *, rngs, groups=1):
+    def __init__(self, channels_in, widths, strides, *, init, groups=1):
         levels = []
         for width, stride in zip(widths, strides):
-            first = ConvNorm(channels_in, width, rngs=rngs, stride=stride, groups=groups)
-            levels.append(nnx.List([first, ConvNorm(width, width, rngs=rngs, groups=groups)]))
+            first = ConvNorm(channels_in, width, init=init, stride=stride, groups=groups)
+            levels.append(nnx.List([first, ConvNorm(width, width, init=init, groups=groups)]))
             channels_in = width
         self.levels = nnx.List(levels)
 

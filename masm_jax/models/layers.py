@@ -76,23 +76,20 @@ def instance_norm(x, scale, shift, eps=1e-5):
 
 
 class Dense(nnx.Module):
-    """x @ kernel + bias over the last axis; ``init`` "lecun" or "zeros"."""
+    """x @ kernel + bias over the last axis; ``gain`` 0 starts it at zero."""
 
-    def __init__(self, features_in, features_out, *, rngs, init="lecun", bias=True):
-        make = {"lecun": nnx.initializers.lecun_normal(), "zeros": nnx.initializers.zeros}[init]
-        self.kernel = nnx.Param(make(rngs.params(), (features_in, features_out), jnp.float32))
-        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32)) if bias else None
+    def __init__(self, features_in, features_out, *, init, gain=1.0):
+        self.kernel = nnx.Param(init.fan_in((features_in, features_out), gain))
+        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32))
 
     def __call__(self, x):
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
     """Norm over the last axis, statistics in float32, eps 1e-5."""
 
-    def __init__(self, features, *, rngs):
-        del rngs
+    def __init__(self, features):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
         self.shift = nnx.Param(jnp.zeros((features,), jnp.float32))
 
@@ -110,11 +107,9 @@ class ConvNorm(nnx.Module):
     (B * M, ...): the option ``modality_affine``. No convolution bias: the norm would take it off.
     """
 
-    def __init__(self, features_in, features_out, *, rngs, stride=1, groups=1):
-        # He initialisation for the leaky slope (He et al. 2015), fan-in.
-        make = nnx.initializers.variance_scaling(2 / (1 + LEAKY_SLOPE**2), "fan_in", "normal")
-        shape = (3, 3, 3, features_in, features_out)
-        self.kernel = nnx.Param(make(rngs.params(), shape, jnp.float32))
+    def __init__(self, features_in, features_out, *, init, stride=1, groups=1):
+        gain = 2 / (1 + LEAKY_SLOPE**2)  # He et al. 2015, for the leaky slope
+        self.kernel = nnx.Param(init.fan_in((3, 3, 3, features_in, features_out), gain))
         self.scale = nnx.Param(jnp.ones((groups, features_out), jnp.float32))
         self.shift = nnx.Param(jnp.zeros((groups, features_out), jnp.float32))
         self.stride = stride

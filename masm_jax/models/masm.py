@@ -89,16 +89,16 @@ class MASM(nnx.Module):
       patch: edge length of the input in voxels, a multiple of ``divisor(model)``.
       modalities: names, in the order of the input's axis.
       num_regions: R.
-      rngs: for the parameters alone; nothing random is stored.
+      init: where the parameters come from (models/init.py).
     """
 
-    def __init__(self, model, *, patch, modalities, num_regions, rngs):
+    def __init__(self, model, *, patch, modalities, num_regions, init):
         size = SIZES[model.size]
         self.stem, self.mixer_names = size.stem, tuple(model.mixers)
         folded = len(modalities) if self.mixer_names else 1  # modalities seen one by one, or as channels
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
-        self.encoder = Encoder(channels, size.widths, size.strides, rngs=rngs, groups=groups)
+        self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
         names = list(modalities)
         pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
         mixers, fuse = {}, []
@@ -110,7 +110,7 @@ class MASM(nnx.Module):
             token = max(1, size.token_size // stride)
             grid = (patch // (stride * token),) * 3
             heads = max(1, width // size.head_width)
-            shared = dict(modalities=folded, width=width, heads=heads, rngs=rngs)
+            shared = dict(modalities=folded, width=width, heads=heads, init=init)
             if name == "aware":
                 mixers[_key(level)] = AwareMixer(
                     size.widths[level],
@@ -130,7 +130,7 @@ class MASM(nnx.Module):
                     depth=model.shift_depth,
                     **shared,
                 )
-            fuse.append(Dense(folded * size.widths[level], size.widths[level], rngs=rngs))
+            fuse.append(Dense(folded * size.widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
         self.decoder = Decoder(
             size.widths,
@@ -138,7 +138,7 @@ class MASM(nnx.Module):
             stem=size.stem,
             num_regions=num_regions,
             heads=size.deep_heads,
-            rngs=rngs,
+            init=init,
         )
 
     def __call__(self, x, *, key=None, temperature=1.0, deep=False):

@@ -15,12 +15,12 @@ class ShiftMixer(nnx.Module):
     """Blocks of: shift, spatial attention per plane, shift back, attention over modalities, MLP."""
 
     def __init__(
-        self, channels, patch, grid, *, mosaic, modalities, width, heads, depth, rngs
+        self, channels, patch, grid, *, mosaic, modalities, width, heads, depth, init
     ):
-        self.tokens = Tokens(channels, width, patch, grid, modalities, rngs=rngs)
-        self.spatial = nnx.List([SelfAttention(width, heads, rngs=rngs) for _ in range(depth)])
-        self.across = nnx.List([SelfAttention(width, heads, rngs=rngs) for _ in range(depth)])
-        self.mlp = nnx.List([MLP(width, rngs=rngs) for _ in range(depth)])
+        self.tokens = Tokens(channels, width, patch, grid, modalities, init=init)
+        self.spatial = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
+        self.across = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
+        self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
         self.mosaic, self.modalities = mosaic, modalities
 
     def __call__(self, x):
@@ -34,4 +34,4 @@ class ShiftMixer(nnx.Module):
             places = tokens.transpose(0, 2, 3, 4, 1, 5).reshape(b * d * h * w, m, width)
             places = mlp(across(places))
             tokens = places.reshape(b, d, h, w, m, width).transpose(0, 4, 1, 2, 3, 5)
-        return x + self.tokens.decode(tokens)
+        return self.tokens.modulate(x, tokens)

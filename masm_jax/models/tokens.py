@@ -10,18 +10,18 @@ class Tokens(nnx.Module):
     """Cuts features into patches, projects them to tokens, and brings tokens back to voxels.
 
     A patch of P^3 voxels is average-pooled to 2^3 cells (P > 1), flattened and projected. The way back
-    is a projection to the same cells, upsampled to voxels; it starts at zero, so that a network with
-    mixers starts as one without.
+    is a projection to the same cells, upsampled to voxels: a gate and a shift of the features there. It
+    starts at zero, so that a network with mixers starts as one without. The gate is what lets a mixer
+    say "here, listen to T1ce": the fusion behind it is linear and the same everywhere.
     """
 
-    def __init__(self, channels, width, patch, grid, modalities, *, rngs):
+    def __init__(self, channels, width, patch, grid, modalities, *, init):
         self.cells = 2 if patch > 1 else 1
         self.patch, self.grid = patch, tuple(grid)
-        self.embed = Dense(self.cells**3 * channels, width, rngs=rngs)
-        self.restore = Dense(width, self.cells**3 * channels, rngs=rngs, init="zeros")
-        small = nnx.initializers.normal(0.02)
-        self.position = nnx.Param(small(rngs.params(), (*self.grid, width), jnp.float32))
-        self.modality = nnx.Param(small(rngs.params(), (modalities, width), jnp.float32))
+        self.embed = Dense(self.cells**3 * channels, width, init=init)
+        self.restore = Dense(width, self.cells**3 * 2 * channels, init=init, gain=0.0)
+        self.position = nnx.Param(init.normal((*self.grid, width), 0.02))
+        self.modality = nnx.Param(init.normal((modalities, width), 0.02))
 
     def encode(self, x):
         """(B, M, D, H, W, C) -> (B, M, d, h, w, width), positions and modalities embedded.
@@ -44,11 +44,20 @@ class Tokens(nnx.Module):
         modality = self.modality[...][:, None, None, None, :]
         return tokens + (self.position[...] + modality).astype(x.dtype)
 
-    def decode(self, tokens):
-        """(B, M, d, h, w, width) -> (B, M, D, H, W, C): what is added to the features."""
-        x = self.restore(tokens)
-        b, m, d, h, w, c = x.shape
+    def modulate(self, x, tokens):
+        """What the tokens say, applied to the features they came from: x (1 + gate) + shift.
+
+        Args:
+          x: (B, M, D, H, W, C).
+          tokens: (B, M, d, h, w, width).
+
+        Returns:
+          (B, M, D, H, W, C).
+        """
+        y = self.restore(tokens)
+        b, m, d, h, w, c = y.shape
         n = self.cells
-        x = x.reshape(b, m, d, h, w, n, n, n, c // n**3).transpose(0, 1, 2, 5, 3, 6, 4, 7, 8)
-        x = x.reshape(b, m, d * n, h * n, w * n, c // n**3)
-        return repeat3d(x, self.patch // n)
+        y = y.reshape(b, m, d, h, w, n, n, n, c // n**3).transpose(0, 1, 2, 5, 3, 6, 4, 7, 8)
+        y = y.reshape(b, m, d * n, h * n, w * n, c // n**3)
+        gate, shift = jnp.split(repeat3d(y, self.patch // n), 2, axis=-1)
+        return x * (1 + gate) + shift

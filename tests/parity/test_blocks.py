@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from masm_jax.models import layers
 from masm_jax.models.attention import MLP, SelfAttention
 from masm_jax.models.conv import LOWERINGS, conv
+from masm_jax.models.init import Initialiser
 from masm_jax.models.masking import policy_softmax
 
 torch = pytest.importorskip("torch", reason="parity needs torch: requirements-test.txt")
@@ -55,7 +55,7 @@ def test_convolution_and_its_gradients(lowering, stride, size):
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_conv_norm_block(offset):
     """Convolution, instance norm and leaky ReLU; also where the mean dwarfs the spread."""
-    block = layers.ConvNorm(3, 4, rngs=nnx.Rngs(0), stride=2)
+    block = layers.ConvNorm(3, 4, init=Initialiser(0), stride=2)
     block.scale[...], block.shift[...] = jnp.asarray(normal(5, 1, 4)), jnp.asarray(normal(6, 1, 4))
     x = normal(7, 2, 8, 8, 8, 3) + offset
     norm = torch.nn.InstanceNorm3d(4, affine=True)
@@ -78,7 +78,7 @@ def test_instance_norm_does_not_cancel():
 
 
 def test_norm_per_modality():
-    block = layers.ConvNorm(2, 3, rngs=nnx.Rngs(0), groups=2)
+    block = layers.ConvNorm(2, 3, init=Initialiser(0), groups=2)
     x = jnp.asarray(normal(1, 4, 4, 4, 4, 2))  # B = 2, M = 2, modality fastest
     before = block(x)
     block.shift[...] = block.shift[...].at[1].set(5.0)
@@ -114,7 +114,7 @@ def test_pooling_and_repeating(factor):
 
 
 def test_layer_norm():
-    layer = layers.LayerNorm(8, rngs=nnx.Rngs(0))
+    layer = layers.LayerNorm(8)
     layer.scale[...], layer.shift[...] = jnp.asarray(normal(1, 8)), jnp.asarray(normal(2, 8))
     x = normal(0, 3, 5, 8)
     expected = torch.nn.functional.layer_norm(
@@ -129,7 +129,7 @@ def test_layer_norm():
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(masked):
     """Against torch.nn.MultiheadAttention; masked with keys barred except for the token itself."""
-    block = SelfAttention(16, 4, rngs=nnx.Rngs(0))
+    block = SelfAttention(16, 4, init=Initialiser(0))
     x = normal(3, 2, 9, 16)
     keep = (np.random.default_rng(0).random((2, 9)) < 0.5).astype(np.float32)
     reference = torch.nn.MultiheadAttention(16, 4, batch_first=True)
@@ -149,7 +149,7 @@ def test_attention(masked):
 
 
 def test_mlp():
-    block = MLP(8, rngs=nnx.Rngs(0))
+    block = MLP(8, init=Initialiser(0))
     x = normal(0, 2, 5, 8)
     up = torch.from_numpy(np.array(block.up.kernel[...])), torch.from_numpy(np.array(block.up.bias[...]))
     down = torch.from_numpy(np.array(block.down.kernel[...]))
