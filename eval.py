@@ -2,9 +2,9 @@
 
     python eval.py --workdir=runs/masm --split=val --output=runs/masm/eval [--reference=DIR]
 
-Every case of the split is segmented, written as NIfTI in the grid and the labels of its scan, and compared
-there with the reference: the segmentation in --reference, else the one it was prepared from, else (files
-gone) the prepared label, in the grid of the records. The output says which.
+Every case of the split is segmented, written as NIfTI in the grid and the labels of its scan, and
+compared there with the reference: the segmentation in --reference, else the one it was prepared
+from, else (files gone) the prepared label, in the grid of the records. The output says which.
 Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
 """
 
@@ -27,7 +27,9 @@ from masm_jax.inference import postprocess
 from masm_jax.inference.volume import in_scan, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_SPLIT = flags.DEFINE_string("split", "val", "train, val or test of the run, or a fold such as 2/5.")
+_SPLIT = flags.DEFINE_string(
+    "split", "val", "train, val or test of the run, or a fold such as 2/5."
+)
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for metrics.csv, summary.json, predictions/.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
 _RECORDS = flags.DEFINE_string("records", None, "Records, where not those the run was trained on.")
@@ -40,7 +42,7 @@ def evaluate(workdir, output):
     """Evaluate the run in ``workdir``; returns the exit code."""
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
 
-    # ---------------------------------------------------------------- the run, its cases, references
+    # ---------------------------------------------------------------- run, cases, references
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value)
     config = segmenter.network.config
     records = records_lib.Records(_RECORDS.value or config.data.records)
@@ -54,7 +56,9 @@ def evaluate(workdir, output):
     began = time.perf_counter()
     for number, case in enumerate(cases, 1):
         try:
-            scores, grids[case], drawn = _one(segmenter, records, case, references.get(case), output)
+            scores, grids[case], drawn = _one(
+                segmenter, records, case, references.get(case), output
+            )
         except (ValueError, OSError) as error:
             failed[case] = str(error)
             log.error("%s failed: %s", case, error)
@@ -91,7 +95,9 @@ def _cases(workdir, records, config):
     wanted = _SPLIT.value
     if wanted not in named:
         if "/" not in wanted:
-            raise ValueError(f"--split={wanted}: expected one of {', '.join(named)} or a fold such as 2/5")
+            raise ValueError(
+                f"--split={wanted}: expected one of {', '.join(named)} or a fold such as 2/5"
+            )
         return records_lib.split(records.cases, wanted, config.seed)["val"]
     if not named[wanted]:
         raise ValueError(f"--split={wanted}: this run's split.json has no such cases")
@@ -110,11 +116,13 @@ def _references(folder, cases):
             f"--reference={folder}: no segmentation for {', '.join(missing[:5])}"
             f"{' and more' if len(missing) > 5 else ''}; expected one for every case of the split"
         )
-    return {case: (references[case].segmentation, references[case].convention.labels) for case in cases}
+    return {
+        case: (references[case].segmentation, references[case].convention.labels) for case in cases
+    }
 
 
 def _one(segmenter, records, case, reference, output):
-    """Segment, write, compare: scores, the grid compared in, and the labels in the record's grid."""
+    """Segment, write, compare: scores, the grid compared in, labels in the record's grid."""
     meta = records.meta(case)
     network = segmenter.network
     threshold = network.config.infer.threshold
@@ -135,8 +143,8 @@ def _one(segmenter, records, case, reference, output):
     values, affine, _ = nifti.read(reference[0])
     if values.shape != internal.shape or not np.allclose(affine, meta["affine"], atol=0.1):
         raise ValueError(
-            f"{reference[0]}: grid {values.shape} differs from the scan's {internal.shape}, or its affine "
-            f"does; expected the segmentation of the same scan"
+            f"{reference[0]}: grid {values.shape} differs from the scan's {internal.shape}, or its "
+            f"affine does; expected the segmentation of the same scan"
         )
     label = conventions.to_internal(values, reference[1])
     spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
@@ -170,4 +178,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["workdir", "output"])
-    app.run(main)
+    app.run(main, flags_parser=runtime.parse_flags)

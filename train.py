@@ -2,9 +2,9 @@
 
     python train.py --config=configs/masm_brats.py --workdir=runs/masm [--config.key=value ...]
 
-Started again with the same command, an interrupted run goes on where it was, with the same numbers to
-the last bit on the same devices. Exit codes: 0 done, 1 an error (one line says which), 2 usage, 75
-stopped by a signal or config.stop_at_step after saving.
+Started again with the same command, an interrupted run goes on where it was, with the same numbers
+to the last bit on the same devices. Exit codes: 0 done, 1 an error (one line says which), 2 usage,
+75 stopped by a signal or config.stop_at_step after saving.
 """
 
 import json
@@ -32,7 +32,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_c
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Force this many CPU devices (for trials).")
 _CONFIG_CHANGE = flags.DEFINE_enum(
-    "config_change", "refuse", ["refuse", "accept"], "What to do if the config of a run has changed."
+    "config_change",
+    "refuse",
+    ["refuse", "accept"],
+    "What to do if the config of a run has changed.",
 )
 log = logging.getLogger("masm_jax.train")
 
@@ -47,7 +50,9 @@ def train(config, workdir):
     config_lib.validate_records(config, records)
     split = records_lib.split(records.cases, config.data.split, config.seed)
     network = Network(config, modalities=records.modalities, regions=records.regions)
-    _claim(workdir, config, split)
+    checkpoints = checkpoint.Checkpoints(workdir)
+    start, dice = checkpoints.latest() or 0, None
+    _claim(workdir, config, split, started=start > 0)
     log.info(
         "%d cases to train on, %d to validate; %s, regions %s",
         len(split["train"]),
@@ -65,8 +70,6 @@ def train(config, workdir):
         )
     everywhere = sharding.replicated(mesh)
     abstract = abstract_state(network)
-    checkpoints = checkpoint.Checkpoints(workdir)
-    start, dice = checkpoints.latest() or 0, None
     if start:
         target = checkpoint.with_sharding(abstract, everywhere)
         state, meta = checkpoints.restore(start, target)
@@ -116,7 +119,7 @@ def train(config, workdir):
         checkpoints.save(step, state, dice=dice, meta=meta)
 
     # ---------------------------------------------------------------- the loop
-    # Order matters: log, then validate, then save, so that a checkpoint knows the step's validation.
+    # Order matters: log, validate, save, so that a checkpoint knows the step's validation.
     log.info("compiling the training step; the first one takes longer")
     with runtime.StopSignal() as stop, jax.transfer_guard("disallow"):
         for step in range(start + 1, config.total_steps + 1):
@@ -169,12 +172,13 @@ def _scores(scores):
     return "  ".join(f"{key.split('/', 1)[1]} {value:.3f}" for key, value in scores.items())
 
 
-def _claim(workdir, config, split):
-    """Make the folder a run of this config, or see that it is one."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    if (workdir / "config.json").is_file():
+def _claim(workdir, config, split, *, started):
+    """Make the folder a run of this config or, where it holds a checkpoint, see that it is one."""
+    if started:
         old = config_lib.to_dict(config_lib.load(workdir))
         changes = config_lib.differences(old, config_lib.to_dict(config))
+        if json.loads((workdir / "split.json").read_text()) != split:
+            changes.append("data.split: gives other cases than split.json has; were records added?")
         if changes and _CONFIG_CHANGE.value != "accept":
             raise ValueError(
                 f"{workdir} is a run of another config:\n  " + "\n  ".join(changes) + "\n"
@@ -196,4 +200,4 @@ def main(_):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=runtime.parse_flags)

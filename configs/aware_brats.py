@@ -1,6 +1,7 @@
-"""Ablation: Modality-Aware mixers at every level, no modality shift.
+r"""Ablation: Modality-Aware mixers at every level, no modality shift.
 
-    python train.py --config=configs/aware_brats.py --workdir=runs/aware --config.data.records=records/brats
+    python train.py --config=configs/aware_brats.py --workdir=runs/aware \
+        --config.data.records=records/brats
 
 Everything else as configs/masm_brats.py.
 """

@@ -1,6 +1,7 @@
-"""Ablation: shared encoder, skips concatenated without mixers: what the mixers must beat.
+r"""Ablation: shared encoder, skips concatenated without mixers: what the mixers must beat.
 
-    python train.py --config=configs/late_brats.py --workdir=runs/late --config.data.records=records/brats
+    python train.py --config=configs/late_brats.py --workdir=runs/late \
+        --config.data.records=records/brats
 
 Everything else as configs/masm_brats.py; only this one isolates what the mixers add.
 """

@@ -1,11 +1,12 @@
-"""MASM (base) on BraTS 2021/2023: the full setting.
+r"""MASM (base) on BraTS 2021/2023: the full setting.
 
     python -m masm_jax.prepare --input=BRATS --output=records/brats --spacing=1
-    python train.py --config=configs/masm_brats.py --workdir=runs/masm --config.data.records=records/brats
+    python train.py --config=configs/masm_brats.py --workdir=runs/masm \
+        --config.data.records=records/brats
     python eval.py --workdir=runs/masm --split=val --output=runs/masm/eval
 
-Meant for one node of accelerators (8 x 128^3 per step). Not run at full length by us: its Dice on BraTS is
-not known. What was measured, where and when, is in docs/results.md.
+Meant for one node of accelerators (8 x 128^3 per step). Not run at full length by us: its Dice on
+BraTS is not known. What was measured, where and when, is in docs/results.md.
 """
 
 import ml_collections
@@ -24,7 +25,8 @@ def get_config():
     config.data = data = ml_collections.ConfigDict()
     data.records = "records/brats"  # folder made by masm_jax.prepare
     data.spacing = 1.0  # mm of the records, checked against them (0 = whatever they have)
-    data.split = "0/5"  # "K/N" = fold K of N, "holdout:ID,ID", or a JSON file {"train", "val", "test"}
+    # "K/N" = fold K of N, "holdout:ID,ID", or a JSON file {"train", "val", "test"}
+    data.split = "0/5"
     data.foreground = 1 / 3  # share of crops centred on tumour
     data.workers = 0  # reader processes; 0 reads in threads, enough for memory-mapped records
 

@@ -1,6 +1,7 @@
-"""Ablation: Modality-Shift mixers at every level, no pair attention, nothing pruned.
+r"""Ablation: Modality-Shift mixers at every level, no pair attention, nothing pruned.
 
-    python train.py --config=configs/shift_brats.py --workdir=runs/shift --config.data.records=records/brats
+    python train.py --config=configs/shift_brats.py --workdir=runs/shift \
+        --config.data.records=records/brats
 
 Everything else as configs/masm_brats.py.
 """

@@ -1,6 +1,7 @@
-"""Ablation: the modalities concatenated at the input of a plain U-Net, no mixers.
+r"""Ablation: the modalities concatenated at the input of a plain U-Net, no mixers.
 
-    python train.py --config=configs/unet_brats.py --workdir=runs/unet --config.data.records=records/brats
+    python train.py --config=configs/unet_brats.py --workdir=runs/unet \
+        --config.data.records=records/brats
 
 Everything else as configs/masm_brats.py, batch, patch and schedule included.
 """

@@ -1,7 +1,8 @@
 """Checkpoints: everything Orbax, in one place.
 
-WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newest and the best are kept.
-The data position is the step itself (data/pipeline.py), so that a run resumes on any number of devices.
+WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newest and the best are
+kept. The data position is the step itself (data/pipeline.py), so that a run resumes on any number
+of devices.
 """
 
 import pathlib
@@ -31,7 +32,10 @@ class Checkpoints:
         self._best = best
         self._manager = ocp.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=keep),
+            # Without best_fn Orbax does not write the metrics to disk; what is kept, the policy says.
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=keep, best_fn=lambda metrics: metrics[best]
+            ),
             item_handlers={
                 "state": ocp.StandardCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
@@ -56,8 +60,8 @@ class Checkpoints:
         )
         if not written:
             raise RuntimeError(
-                f"{self.folder}/{step} was not written: a checkpoint at or past step {step} exists; "
-                f"continue that run, or choose another --workdir"
+                f"{self.folder}/{step} was not written: a checkpoint at or past step {step} "
+                f"exists; continue that run, or choose another --workdir"
             )
 
     def latest(self):
@@ -91,14 +95,16 @@ class Checkpoints:
         wanted = _by_path(params)
         for name in sorted(saved.keys() | wanted.keys()):
             has, needs = (
-                f"{tuple(leaf.shape)} {leaf.dtype}" if (leaf := tree.get(name)) is not None else "none"
+                "none"
+                if (leaf := tree.get(name)) is None
+                else f"{tuple(leaf.shape)} {leaf.dtype}"
                 for tree in (saved, wanted)
             )
             if has != needs:
                 raise ValueError(
-                    f"{self.folder / str(step)}: parameter {name} is {has} there and {needs} in the "
-                    f"network: it was trained with another config or version of the code; use those, "
-                    f"or train anew in another --workdir"
+                    f"{self.folder / str(step)}: parameter {name} is {has} there and {needs} in "
+                    f"the network: it was trained with another config or version of the code; use "
+                    f"those, or train anew in another --workdir"
                 )
 
     def meta(self, step):

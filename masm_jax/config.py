@@ -9,7 +9,8 @@ import ml_collections
 from masm_jax.models.masm import MIXERS, SIZES, divisor
 from masm_jax.models.mosaic import offsets
 
-# Keys that may differ between the start of a run and its continuation: they do not touch the result.
+# Keys that may differ between the start of a run and its continuation: they do not touch the
+# result.
 FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.")
 
 
@@ -36,14 +37,25 @@ def validate(config):
     among("optim.schedule", optim.schedule, ("cosine", "poly", "constant"))
     for key in ("total_steps", "batch_size", "patch"):
         check(config[key] >= 1, key, config[key], "1 or more")
-    for key in ("every", "checkpoint_every"):
+    check(0 <= config.seed < 2**32 - 1, "seed", config.seed, "0 to 2^32 - 2")
+    for key in ("every", "checkpoint_every", "patches", "volumes"):
         check(log[key] >= 1, f"log.{key}", log[key], "1 or more")
+    for key in ("patch_every", "volume_every"):
+        check(log[key] >= 0, f"log.{key}", log[key], "0 (never) or a number of steps")
+    for key in ("aware_depth", "shift_depth"):
+        check(model[key] >= 1, f"model.{key}", model[key], "1 or more")
+    for key in ("learning_rate", "clip_norm"):
+        check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
+    check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
     check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
     check(0 < config.infer.threshold < 1, "infer.threshold", config.infer.threshold, "in (0, 1)")
     check(
-        set(config.infer.flips) <= {0, 1, 2}, "infer.flips", tuple(config.infer.flips), "axes 0, 1, 2"
+        set(config.infer.flips) <= {0, 1, 2},
+        "infer.flips",
+        tuple(config.infer.flips),
+        "axes 0, 1, 2",
     )
     check(
         0 <= optim.warmup_steps <= config.total_steps,
@@ -52,7 +64,8 @@ def validate(config):
         f"between 0 and total_steps ({config.total_steps}); shorten the warm-up or train longer",
     )
     check(0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "in [0, 1)")
-    check(0 < config.loss.keep_target <= 1, "loss.keep_target", config.loss.keep_target, "in (0, 1]")
+    keep_target = config.loss.keep_target
+    check(0 < keep_target <= 1, "loss.keep_target", keep_target, "in (0, 1]")
     for key in ("start", "end"):
         check(config.gumbel[key] > 0, f"gumbel.{key}", config.gumbel[key], "above 0")
     mixers = tuple(model.mixers)
@@ -94,16 +107,16 @@ def validate_records(config, records):
     """
     if config.data.spacing and records.spacing != config.data.spacing:
         raise ValueError(
-            f"config.data.spacing = {config.data.spacing}: the records in {config.data.records} have "
-            f"spacing {records.spacing or 'of the scans'}; set config.data.spacing to it (0 takes any), "
-            f"or prepare again with --spacing={config.data.spacing}"
+            f"config.data.spacing = {config.data.spacing}: the records in {config.data.records} "
+            f"have spacing {records.spacing or 'of the scans'}; set config.data.spacing to it (0 "
+            f"takes any), or prepare again with --spacing={config.data.spacing}"
         )
     named = {modality for pair in config.model.pairs for modality in pair}
     missing = sorted(named - set(records.modalities))
     if missing and "aware" in tuple(config.model.mixers):
         raise ValueError(
-            f"config.model.pairs names {', '.join(missing)}: the records in {config.data.records} have "
-            f"{', '.join(records.modalities)}; pair those that exist"
+            f"config.model.pairs names {', '.join(missing)}: the records in {config.data.records} "
+            f"have {', '.join(records.modalities)}; pair those that exist"
         )
 
 
@@ -138,7 +151,9 @@ def load(workdir):
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} does not exist: --workdir must be a folder that train.py has written")
+        raise ValueError(
+            f"{path} does not exist: --workdir must be a folder that train.py has written"
+        )
     return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
 
 

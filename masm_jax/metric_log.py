@@ -1,7 +1,7 @@
 """Where the numbers of a run go: metrics.jsonl, TensorBoard, the terminal.
 
-The loop hands over device arrays and goes on; they are fetched one interval later, when they are long
-computed. NaN is found there, with the step and the name.
+The loop hands over device arrays and goes on; they are fetched one interval later, when they are
+long computed. NaN is found there, with the step and the name.
 """
 
 import json
@@ -35,7 +35,8 @@ class MetricLog:
         self._path = pathlib.Path(workdir) / "metrics.jsonl"
         self._take_back(start_step)
         self._file = open(self._path, "a")
-        self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=start_step)
+        board = pathlib.Path(workdir) / "tensorboard"
+        self._board = SummaryWriter(str(board), purge_step=start_step + 1)
         self._total, self._every, self._first = total_steps, every, start_step
         self._interval, self._pending = [], None
         self._mark = (time.perf_counter(), start_step)
@@ -46,7 +47,7 @@ class MetricLog:
         self._waited += seconds
 
     def train(self, step, metrics):
-        """Take the metrics (device arrays) of ``step`` and, at an interval's end, write the one before."""
+        """Take the device arrays of ``step``; at an interval's end, write the one before."""
         self._interval.append((step, metrics))
         if step % self._every == 0:
             self._roll()
@@ -112,18 +113,21 @@ class MetricLog:
             bad = [key for key, value in metrics.items() if not math.isfinite(value)]
             if bad:
                 raise NonFinite(
-                    f"step {step}: {', '.join(bad)} is not finite. Nothing was saved after the last "
-                    f"checkpoint; lower optim.learning_rate or optim.clip_norm, lengthen "
+                    f"step {step}: {', '.join(bad)} is not finite. Nothing was saved after the "
+                    f"last checkpoint; lower optim.learning_rate or optim.clip_norm, lengthen "
                     f"optim.warmup_steps, or try model.dtype=float32, and start again"
                 )
 
     def _warn_of_keep_ratio(self, step, values):
         for key, value in values.items():
-            if key.startswith("train/keep/") and not 0.05 <= value <= 0.95 and key not in self._warned:
+            if not key.startswith("train/keep/") or key in self._warned:
+                continue
+            if not 0.05 <= value <= 0.95:
                 self._warned.add(key)
                 _log.warning(
-                    "step %d: %s = %.3f has left [0.05, 0.95]: the mask of this level decides nothing "
-                    "any more (loss.keep_target, loss.ratio_weight, model.keep_bias); said once",
+                    "step %d: %s = %.3f has left [0.05, 0.95]: the mask of this level decides "
+                    "nothing any more (loss.keep_target, loss.ratio_weight, model.keep_bias); said "
+                    "once",
                     step,
                     key,
                     value,
@@ -133,10 +137,17 @@ class MetricLog:
         if not self._path.is_file():
             return
         lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if line and json.loads(line)["step"] <= start_step]
+        kept = [line for line in lines if _step(line) <= start_step]
         temporary = self._path.with_suffix(".tmp")
         temporary.write_text("".join(line + "\n" for line in kept))
         os.replace(temporary, self._path)
+
+
+def _step(line):
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # cut off: the process or the disk gave out while it was written
+        return math.inf
 
 
 def _finite(value):

@@ -1,4 +1,4 @@
-"""Schedules and optimisers, all pure functions of the step: resuming cannot change a learning rate."""
+"""Schedules and optimisers, all pure functions of the step: no resuming changes a learning rate."""
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,8 @@ def temperature(gumbel, total_steps):
 def keep_target(loss, total_steps):
     """Target of the keep ratio: from 1 down to ``keep_target`` over the first half of the run.
 
-    Pruning from the first step replaces patches at random, before features or predictor mean anything.
+    Pruning from the first step replaces patches at random, before features or predictor mean
+    anything.
     """
     return lambda step: 1 - (1 - loss.keep_target) * jnp.clip(2 * step / total_steps, 0.0, 1.0)
 

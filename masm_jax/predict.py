@@ -2,8 +2,9 @@
 
 python -m masm_jax.predict --workdir=RUN --input=CASE_OR_ROOT --output=OUT
 
-Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, and OUT/CASE.png to
-look at. Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
+Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, and
+OUT/CASE.png to look at. Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed
+(listed).
 """
 
 import argparse
@@ -75,7 +76,7 @@ def _predict(args):
             "  ".join(f"{name} {value:.1f} ml" for name, value in volumes.items()),
             time.perf_counter() - began,
         )
-    print(f"{len(cases) + len(problems) - len(failed)} cases in {args.output}")
+    print(f"{len({case.id for case in cases} - failed.keys())} cases in {args.output}")
     for reason in failed.values():
         print(f"failed: {reason}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0

@@ -3,10 +3,12 @@
 import logging
 import os
 import pathlib
+import re
 import signal
 import sys
 
 import jax
+from absl import flags
 
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 1, 2, 3, 75
 
@@ -19,7 +21,10 @@ def start(*, devices=0, cache=True):
       cache: keep compiled programs in ``~/.cache/masm_jax`` (or $JAX_COMPILATION_CACHE_DIR).
     """
     logging.basicConfig(
-        format="%(asctime)s %(levelname).1s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr, force=True
+        format="%(asctime)s %(levelname).1s %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
     )
     logging.getLogger("masm_jax").setLevel(logging.INFO)
     for library in ("absl", "jax", "orbax"):  # checkpointing alone says fifty lines a save
@@ -32,8 +37,25 @@ def start(*, devices=0, cache=True):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
+def parse_flags(argv):
+    """For ``absl.app.run``: a wrong flag or config key is one readable line and exit code 2."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        problem = f"unexpected argument {rest[0]!r}: expected --flag=value" if rest else None
+        # A config file that is not there shows only where its content is asked for.
+        getattr(getattr(flags.FLAGS, "config", None), "keys", None)
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        problem = str(error)
+    except (KeyError, AttributeError) as error:  # of ml_collections, for a key the config has not
+        problem = "unknown config key: " + re.sub(r"[\\'\"]*\\n|[\\'\"]+", " ", str(error))
+    if problem:
+        print(f"{pathlib.Path(argv[0]).name}: {' '.join(problem.split())}", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+    return argv[:1]
+
+
 class StopSignal:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop reads; the second acts at once."""
+    """Makes the first SIGTERM or Ctrl-C a flag that the loop reads; the second acts at once."""
 
     def __init__(self):
         self.name = None

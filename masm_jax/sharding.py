@@ -1,7 +1,7 @@
 """The mesh and what lies where on it.
 
-One axis, "data": the batch is cut over it, the state is on every device. The axes are Auto: XLA inserts the
-collectives.
+One axis, "data": the batch is cut over it, the state is on every device. The axes are Auto: XLA
+inserts the collectives.
 """
 
 import jax

@@ -72,7 +72,8 @@ def train_step(network):
 def eval_step(network):
     """Overlap on a batch of patches: (params, batch) -> {"overlap", "total"}: (R,) float32 sums.
 
-    2 * overlap / total, summed over many batches, is nnU-Net's "pseudo Dice": of patches, not of cases.
+    2 * overlap / total, summed over many batches, is nnU-Net's "pseudo Dice": of patches, not of
+    cases.
     """
     regions = list(network.regions.values())
 

@@ -123,21 +123,28 @@ def canonical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     return tuple(float(sizes[axis]) for axis in _axes(affine)[0])
 
 
-def write_labels(path: Path | str, labels: np.ndarray, like: Path | str) -> None:
+def write_labels(path: Path | str, labels: np.ndarray, like: Path | str | np.ndarray) -> None:
     """Writes a label file with the geometry of an input file, atomically.
 
     Args:
         path: Where to write, ``.nii`` or ``.nii.gz``. Equal labels give equal bytes.
         labels: (I, J, K) uint8 label values in the convention of the file.
         like: A file of the same case: its affine, qform and sform codes, voxel sizes and units
-            are kept. A 4-D file gives the geometry of its first three axes.
+            are kept. A 4-D file gives the geometry of its first three axes. Where no file is
+            left, the (4, 4) affine to mm.
 
     Raises:
         ValueError: The labels do not fit the grid, or ``like`` cannot be read.
     """
     path = Path(path)
     try:
-        source = nib.load(like)
+        if isinstance(like, np.ndarray):
+            source = nib.Nifti1Image(np.zeros(labels.shape, np.uint8), like)
+            source.set_qform(like, code=1)
+            source.set_sform(like, code=1)
+            source.header.set_xyzt_units("mm")
+        else:
+            source = nib.load(like)
     except (FileNotFoundError, nib.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{like}: cannot be read ({error}); its geometry is needed") from error
     if tuple(source.shape[:3]) != labels.shape:

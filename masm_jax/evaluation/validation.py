@@ -1,7 +1,7 @@
 """What a run measures of itself while it trains.
 
-Often: "pseudo Dice" on validation crops, as nnU-Net names it: overlap summed over crops, cheap, and not the
-Dice of cases. Sometimes: Dice of whole validation cases, in the grid of the records.
+Often: "pseudo Dice" on validation crops, as nnU-Net names it: overlap summed over crops, cheap, and
+not the Dice of cases. Sometimes: Dice of whole validation cases, in the grid of the records.
 """
 
 import jax

@@ -76,7 +76,9 @@ def load_run(workdir, *, which="latest", mesh=None):
     checkpoints = checkpoint.Checkpoints(workdir)
     step = checkpoints.best() if which == "best" else checkpoints.latest()
     if step is None:
-        raise ValueError(f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?")
+        raise ValueError(
+            f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?"
+        )
     meta = checkpoints.meta(step)
     network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))

@@ -1,8 +1,8 @@
 """The Modality-Aware mixer: pairs of modalities look at each other, and prune what is redundant.
 
-Source: MASM (arXiv 2403.02074): pairwise dependencies between specific modalities at the low levels, a
-decision mask that prunes redundant patches and replaces them with the aligned modality's features.
-The predictor is DynamicViT's. What the paper leaves open is listed in docs/paper.md.
+Source: MASM (arXiv 2403.02074): pairwise dependencies between specific modalities at the low
+levels, a decision mask that prunes redundant patches and replaces them with the aligned modality's
+features. The predictor is DynamicViT's. What the paper leaves open is listed in docs/paper.md.
 """
 
 import jax
@@ -68,8 +68,8 @@ class AwareMixer(nnx.Module):
           temperature: of the Gumbel-Softmax.
 
         Returns:
-          (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M' runs
-          over the modalities of the pairs in their order.
+          (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M'
+          runs over the modalities of the pairs in their order.
         """
         members = np.array(self.pairs).reshape(-1)  # a0 b0 a1 b1 ...
         partners = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)

@@ -3,11 +3,12 @@
 One function, ``conv``, one result; three ways to compute it:
 
 * ``direct``  one 3-D convolution: what cuDNN is made for.
-* ``taps``    the sum over the depth taps of 2-D convolutions with depth folded into the batch. On TPU
-              the large folded batch goes into the lanes, so few channels are not padded to 128.
+* ``taps``    the sum over the depth taps of 2-D convolutions with depth folded into the batch. On
+              TPU the large folded batch goes into the lanes, so few channels are not padded to
+              128.
 * ``stacked`` the depth neighbours side by side in the channels, then one 2-D convolution. On CPU it
-              runs forward and backward 1.2 to 1.5 times faster than ``taps`` and 3 to 6 times faster
-              than ``direct``, for three times the input's memory (docs/performance.md).
+              runs forward and backward 1.2 to 1.5 times faster than ``taps`` and 3 to 6 times
+              faster than ``direct``, for three times the input's memory (docs/decisions.md).
 """
 
 import jax

@@ -5,13 +5,14 @@ from flax import nnx
 
 from masm_jax.models.layers import ConvNorm, Dense, depth_to_space
 
-# Tumour is rare: heads start at sigmoid(-4) = 2 % instead of 50 %, or the first steps go into the bias.
+# Tumour is rare: heads start at sigmoid(-4) = 2 % instead of 50 %, or the first steps go into the
+# bias.
 PRIOR_LOGIT = -4.0
 
 
 class Decoder(nnx.Module):
-    """Upsampling is dense + depth-to-space: the same numbers as a transposed convolution of kernel 2 and
-    stride 2, whose 3-D form XLA runs 30 to 50 times slower.
+    """Upsampling is dense + depth-to-space: the same numbers as a transposed convolution of kernel
+    2 and stride 2, whose 3-D form XLA runs 30 to 50 times slower.
 
     Args:
       widths: channels per level, from level 1.
@@ -40,8 +41,8 @@ class Decoder(nnx.Module):
     def __call__(self, skips, deep=False):
         """skips: per level (B, D_j, H_j, W_j, C_j) -> logits, float32, one array per head.
 
-        The first is (B, D, H, W, R) at full resolution; the others, at the grids of levels 2, 3, ..., only
-        where ``deep``.
+        The first is (B, D, H, W, R) at full resolution; the others, at the grids of levels 2, 3,
+        ..., only where ``deep``.
         """
         x = skips[-1]
         logits = []

@@ -1,7 +1,8 @@
 """Keep decisions and attention under a policy, as pure functions.
 
-Source: DynamicViT (Rao et al., NeurIPS 2021), sections 3.2-3.3, which MASM's adaptive token pruning builds
-on. Here a pruned token is not dropped but replaced by the aligned modality's (models/aware.py).
+Source: DynamicViT (Rao et al., NeurIPS 2021), sections 3.2-3.3, which MASM's adaptive token pruning
+builds on. Here a pruned token is not dropped but replaced by the aligned modality's
+(models/aware.py).
 """
 
 import jax
@@ -13,8 +14,8 @@ _EPS = 1e-6  # of DynamicViT's softmax_with_policy
 def sample_keep(logits, key, temperature):
     """Keep or prune every token.
 
-    With a key: a hard Gumbel-Softmax sample whose gradient is that of the soft one (straight-through).
-    Without: the arg-max, no noise, no gradient. Ties keep.
+    With a key: a hard Gumbel-Softmax sample whose gradient is that of the soft one
+    (straight-through). Without: the arg-max, no noise, no gradient. Ties keep.
 
     Args:
       logits: (B, N, 2), [..., 0] for keep and [..., 1] for prune.
@@ -62,9 +63,9 @@ def policy_softmax(scores, keep, eps=_EPS):
 def policy_attention(q, k, v, keep):
     """Self-attention under a policy: ``policy_softmax(q k^T, keep) v``.
 
-    The same numbers and gradients as written out, with a leaner way back: it keeps q, k, v and the
-    row sums and computes the weights again, so that no (N, N) array outlives the forward pass, and no
-    large array is transposed (1.7 times faster on CPU at N = 1024, docs/performance.md).
+    The same numbers and gradients as written out, with a leaner way back: it keeps q, k and v and
+    computes the weights again, so that no (N, N) array outlives the forward pass, and no large
+    array is transposed (1.7 times faster on CPU at N = 1024, docs/decisions.md).
 
     Args:
       q, k, v: (B, heads, N, C), q already scaled.

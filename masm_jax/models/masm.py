@@ -3,7 +3,7 @@
     scans (B, M, D, H, W)
       -> space-to-depth stem (base, tiny), modalities folded into the batch
       -> Encoder: features F^j (B, M, S_j^3, C_j), j = 1..6
-      -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic), "concat" (nothing)
+      -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic) or "concat"
       -> Fuse: the M results become the skip of the level (B, S_j^3, C_j)
       -> Decoder -> logits (B, D, H, W, R)
 
@@ -95,7 +95,8 @@ class MASM(nnx.Module):
     def __init__(self, model, *, patch, modalities, num_regions, init):
         size = SIZES[model.size]
         self.stem, self.mixer_names = size.stem, tuple(model.mixers)
-        folded = len(modalities) if self.mixer_names else 1  # modalities seen one by one, or as channels
+        # Modalities are seen one by one, or (no mixers) together as channels.
+        folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
         self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
@@ -151,8 +152,8 @@ class MASM(nnx.Module):
           deep: also return the logits of the lower levels.
 
         Returns:
-          logits: list of float32 arrays; first (B, D, H, W, R), then, if ``deep``, the grids of levels
-            2, 3, ...
+          logits: list of float32 arrays; first (B, D, H, W, R), then, if ``deep``, the grids of
+            levels 2, 3, ...
           keep: {"level1": (B, M', d, h, w) of 0 and 1, ...} of the Modality-Aware levels.
         """
         batch, modalities = x.shape[:2]

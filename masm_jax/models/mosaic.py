@@ -1,10 +1,11 @@
 """Mosaic patterns of the modality shift: which modality a place borrows its patch from.
 
-A pattern is a small periodic table of offsets; ``shift`` moves, at each place p, the patch of modality
-``(m + offset(p)) mod M`` into the plane of modality m. It is a permutation, so ``unshift`` is exact, and it
-has no parameters. Source: MASM (arXiv 2403.02074) swaps patches between modalities in a mosaic before
-self-attention; its pattern is not published, so every one here is our assumption (docs/paper.md). ``bayer``
-and ``tps`` follow the temporal patch shift of TPS (Xiang et al., ECCV 2022), with time read as modality.
+A pattern is a small periodic table of offsets; ``shift`` moves, at each place p, the patch of
+modality ``(m + offset(p)) mod M`` into the plane of modality m. It is a permutation, so ``unshift``
+is exact, and it has no parameters. Source: MASM (arXiv 2403.02074) swaps patches between modalities
+in a mosaic before self-attention; the pattern was not available to us, so every one here is our
+assumption (docs/paper.md). ``bayer`` and ``tps`` follow the temporal patch shift of TPS (Xiang et
+al., ECCV 2022), with time read as modality.
 """
 
 import jax.numpy as jnp
@@ -48,7 +49,9 @@ def offsets(pattern, grid, num_modalities):
     if table.ndim == 2:
         table = table[None]
     if table.ndim != 3 or not np.issubdtype(table.dtype, np.integer):
-        raise ValueError(f"mosaic={pattern!r}: expected integers nested 2 deep (h, w) or 3 (d, h, w)")
+        raise ValueError(
+            f"mosaic={pattern!r}: expected integers nested 2 deep (h, w) or 3 (d, h, w)"
+        )
     d, h, w = np.indices(grid)
     periodic = table[d % table.shape[0], h % table.shape[1], w % table.shape[2]]
     return (periodic % num_modalities).astype(np.int32)

@@ -9,10 +9,10 @@ from masm_jax.models.layers import Dense, average_pool, repeat3d
 class Tokens(nnx.Module):
     """Cuts features into patches, projects them to tokens, and brings tokens back to voxels.
 
-    A patch of P^3 voxels is average-pooled to 2^3 cells (P > 1), flattened and projected. The way back
-    is a projection to the same cells, upsampled to voxels: a gate and a shift of the features there. It
-    starts at zero, so that a network with mixers starts as one without. The gate is what lets a mixer
-    say "here, listen to T1ce": the fusion behind it is linear and the same everywhere.
+    A patch of P^3 voxels is average-pooled to 2^3 cells (P > 1), flattened and projected. The way
+    back is a projection to the same cells, upsampled to voxels: a gate and a shift of the features
+    there. It starts at zero, so that a network with mixers starts as one without. The gate is what
+    lets a mixer say "here, listen to T1ce": the fusion behind it is linear and the same everywhere.
     """
 
     def __init__(self, channels, width, patch, grid, modalities, *, init):

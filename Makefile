@@ -1,0 +1,124 @@
+# Everything a fresh machine needs: `make test`, `make demo`. Linux or macOS, Python 3.11 or 3.12,
+# no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help venv runtime test-tools test lint demo demo-compare clean
+.NOTPARALLEL:
+export PYTHONUNBUFFERED := 1
+
+CASES ?= 40
+PYTEST ?=
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# The first that runs, has a right version and can make environments: a name on the PATH may be a
+# shim that only fails, and Debian's python3 cannot make environments without python3-venv.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	>/dev/null 2>&1 && echo $$p && break; done)
+
+help:
+	@echo "make test          set up $(VENV), then lint and all tests; PYTEST=\"-m 'not slow'\" passes options on"
+	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
+	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
+	@echo "make lint          ruff"
+	@echo "make venv          only an empty $(VENV); PYTHON=/path/to/python3.12 chooses another Python"
+	@echo "make clean         remove demo/ and caches; $(VENV), records/ and runs/ stay"
+
+# ---------------------------------------------------------------- environment
+
+venv:
+	@$(PY) -m pip --version >/dev/null 2>&1 && exit 0; \
+	python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+	  echo "make: no Python 3.11 or 3.12 that can make a virtual environment was found" >&2; \
+	  echo "  Debian, Ubuntu:  apt install python3 python3-venv" >&2; \
+	  echo "  where that is another version, or elsewhere:  make ... PYTHON=/path/to/python3.12" >&2; \
+	  exit 1; \
+	fi; \
+	echo "making $(VENV) with $$($$python --version)"; \
+	$$python -m venv "$(VENV)"
+
+# $(call install,FILE,ALL FILES IT READS,SIZE): once per content of the files.
+define install
+	@set -o pipefail; \
+	sum=$$(cat $(2) | cksum); stamp="$(VENV)/.installed-$(1)"; \
+	[ "$$(cat "$$stamp" 2>/dev/null)" = "$$sum" ] && exit 0; \
+	echo "installing $(1) into $(VENV): $(3) on disk, some minutes the first time"; \
+	$(PY) -m pip install --disable-pip-version-check --no-input -r $(1) \
+	  | { grep --line-buffered -E 'Downloading .*\([0-9]{2,}(\.[0-9]+)? [MG]B\)' || true; } || exit 1; \
+	echo "$$sum" > "$$stamp"
+endef
+
+runtime: venv
+	$(call install,requirements.txt,requirements.txt,about 1.1 GB)
+
+test-tools: venv
+	$(call install,requirements-test.txt,requirements.txt requirements-test.txt,about 2 GB (1 GB of it torch; more with CUDA))
+
+# ---------------------------------------------------------------- checks
+
+test: test-tools
+	$(PY) -m ruff check .
+	$(PY) -m pytest $(PYTEST)
+
+lint: test-tools
+	$(PY) -m ruff check .
+
+# ---------------------------------------------------------------- demo
+
+# $(call evaluate,RUN,OUTPUT): unless that was done with the newest checkpoint.
+define evaluate
+	@if [ $(2)/summary.json -nt demo/$(1)/checkpoints ]; then \
+	  echo "$(2) is up to date"; \
+	else \
+	  echo "$(PY) eval.py --workdir=demo/$(1) --split=val --output=$(2)"; \
+	  $(PY) eval.py --workdir=demo/$(1) --split=val --output=$(2); \
+	fi
+endef
+CONCAT := ('concat','concat','concat','concat','concat','concat')
+
+demo: runtime demo-records
+	@echo; echo "demo, 3 of 4: training; stop it whenever you like, 'make demo' goes on"
+	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/masm
+	@echo; echo "demo, 4 of 4: evaluation of the validation cases"
+	$(call evaluate,masm,demo/eval)
+	@echo; \
+	echo "done. These are results on simulated phantoms, not on BraTS."; \
+	echo "  demo/phantoms          the simulated patients, as NIfTI in the layout of BraTS 2021"; \
+	echo "  demo/records           the same, prepared for training"; \
+	echo "  demo/masm              the run: config.json, metrics.jsonl, curves.png, checkpoints/"; \
+	echo "  demo/eval              metrics.csv, summary.json, predictions/ (NIfTI), overlays/ (PNG)"; \
+	echo "next: make demo-compare   the same budget without mixers"
+
+.PHONY: demo-records
+demo-records: runtime
+	@echo; echo "demo, 1 of 4: $(CASES) simulated patients"
+	$(PY) -m masm_jax.phantom --output=demo/phantoms --cases=$(CASES) --spacing=3 --seed=0 --workers=2
+	@echo; echo "demo, 2 of 4: records"
+	$(PY) -m masm_jax.prepare --input=demo/phantoms --output=demo/records --workers=2
+
+demo-compare: runtime demo-records
+	@echo; echo "late: shared encoder, skips concatenated, no mixers"
+	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/late --config.model.mixers="$(CONCAT)"
+	$(call evaluate,late,demo/eval-late)
+	@echo; echo "unet: modalities concatenated at the input, no mixers"
+	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/unet --config.model.mixers="()"
+	$(call evaluate,unet,demo/eval-unet)
+	@echo; echo "mean Dice on the validation phantoms, not on BraTS; one seed, a few cases: no ranking"
+	@$(PY) -c "$$TABLE" demo/eval demo/eval-late demo/eval-unet
+
+define TABLE
+import json, pathlib, sys
+for folder in map(pathlib.Path, sys.argv[1:]):
+    if not (folder / "summary.json").is_file():
+        print(f"{folder}: not there, run make demo")
+        continue
+    summary = json.loads((folder / "summary.json").read_text())
+    dice = "  ".join(f"{n} {r['dice']['mean']:.3f}" for n, r in summary["regions"].items())
+    print(f"{folder!s:<16}  {dice}  mean {summary['average']['dice']:.3f}  ({summary['cases']} cases)")
+endef
+export TABLE
+
+clean:
+	rm -rf demo .pytest_cache .ruff_cache build ./*.egg-info
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""MASM (tiny) at 2 mm on a handful of real cases, on a CPU: for trying it all on a laptop.
+
+    python -m masm_jax.prepare --input=BRATS --output=records/brats2mm --spacing=2
+    python train.py --config=configs/masm_laptop.py --workdir=runs/laptop \
+        --config.data.split=holdout:BraTS2021_01482,BraTS-GLI-00000-000
+
+Times and Dice on ten cases: docs/results.md.
+"""
+
+from configs import masm_brats
+
+
+def get_config():
+    """masm_brats, shrunk to minutes on two cores."""
+    config = masm_brats.get_config()
+    config.total_steps = 500
+    config.batch_size = 1
+    config.patch = 64  # most of a brain at 2 mm: smaller crops learn far worse (docs/results.md)
+    config.augment = "swin"
+    config.data.records = "records/brats2mm"
+    config.data.spacing = 2.0
+    config.model.size = "tiny"
+    config.model.dtype = "float32"
+    config.optim.learning_rate = 3e-3
+    config.optim.warmup_steps = 25
+    config.optim.ema_decay = 0.99
+    config.log.every = 10
+    config.log.patch_every = 100
+    config.log.patches = 8
+    config.log.volume_every = 0
+    config.log.checkpoint_every = 100
+    config.infer.batch = 1
+    return config

@@ -1,0 +1,162 @@
+"""Checkpoints: what is saved comes back, bit by bit and in its types, on any devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import masm_demo
+from masm_jax import optim, sharding
+from masm_jax.checkpoint import Checkpoints, with_sharding
+
+META = {"modalities": ["t1", "flair"], "regions": {"WT": [1, 2, 3]}, "spacing": 2.0}
+
+
+def new_state(seed=0, width=4):
+    """A small state with all that a real one has."""
+    random = np.random.default_rng(seed)
+    params = {
+        "encoder": {"levels": {0: {"kernel": random.normal(size=(3, width)).astype(np.float32)}}},
+        "mixers": {"level1": {"bias": random.normal(size=(width,)).astype(np.float32)}},
+    }
+    params = jax.tree.map(jnp.asarray, params)
+    section = masm_demo.get_config().optim
+    tx = optim.optimiser(section, 10)
+    _, opt_state = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    return {
+        "step": jnp.int32(seed + 1),
+        "params": params,
+        "ema": jax.tree.map(lambda x: x / 3, params),
+        "opt_state": opt_state,
+    }
+
+
+def abstract(state, devices=1):
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    shapes = jax.eval_shape(lambda: state)
+    return with_sharding(shapes, sharding.replicated(mesh))
+
+
+def assert_same(first, second):
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        assert one.dtype == other.dtype and np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@pytest.fixture
+def open_checkpoints(tmp_path):
+    opened = []
+
+    def make():
+        opened.append(Checkpoints(tmp_path))
+        return opened[-1]
+
+    yield make
+    for checkpoints in opened:
+        checkpoints.close()
+
+
+def save_all(checkpoints, scores):
+    for step, dice in scores.items():
+        checkpoints.save(step, new_state(step), dice=dice, meta=META | {"dice": dice})
+    checkpoints.wait()
+
+
+def kept(tmp_path):
+    return sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_was_saved_comes_back(open_checkpoints, devices):
+    state = new_state()
+    save_all(open_checkpoints(), {})
+    first = open_checkpoints()
+    first.save(3, state, dice=0.25, meta=META | {"dice": 0.25})
+    first.close()
+    again = open_checkpoints()
+    assert again.latest() == 3
+    restored, meta = again.restore(3, abstract(state, devices))
+    assert_same(state, restored)  # optax's named tuples too, not lists
+    assert meta == META | {"dice": 0.25, "step": 3}
+    assert again.meta(3) == meta
+    assert all(len(leaf.sharding.device_set) == devices for leaf in jax.tree.leaves(restored))
+
+
+def test_the_state_may_be_donated_once_save_returns(open_checkpoints):
+    checkpoints, state = open_checkpoints(), new_state()
+    expected = jax.tree.map(np.array, state)
+    target = abstract(state)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def overwrite(state):
+        return jax.tree.map(lambda x: x * 0 - 1, state)
+
+    checkpoints.save(1, state, dice=None, meta=META)
+    jax.block_until_ready(overwrite(state))
+    checkpoints.wait()
+    restored, _ = checkpoints.restore(1, target)
+    assert_same(expected, restored)
+
+
+def test_the_best_and_the_latest_are_kept(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints()
+    assert checkpoints.latest() is None and checkpoints.best() is None
+    save_all(checkpoints, {1: None, 2: 0.5, 3: 0.7})
+    assert kept(tmp_path) == [3]
+    save_all(checkpoints, {4: 0.6, 5: 0.65})
+    assert kept(tmp_path) == [3, 5]
+    assert (checkpoints.best(), checkpoints.latest()) == (3, 5)
+    reopened = open_checkpoints()
+    assert (reopened.best(), reopened.latest()) == (3, 5)
+    save_all(reopened, {6: 0.8})
+    assert kept(tmp_path) == [6]
+
+
+def test_of_equals_the_newest_is_the_best(open_checkpoints):
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {1: 0.5, 2: 0.5})
+    assert checkpoints.best() == 2
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_step_is_not_written_twice(open_checkpoints, step):
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {4: None})
+    with pytest.raises(RuntimeError, match=f"{step} was not written: a checkpoint at or past"):
+        checkpoints.save(step, new_state(), dice=0.9, meta=META)
+
+
+def test_an_unfinished_checkpoint_is_none(open_checkpoints, tmp_path):
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {2: None})
+    (tmp_path / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    assert open_checkpoints().latest() == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda params: new_state(width=5)["params"],
+            r"encoder.levels.0.kernel is \(3, 4\) float32 there and \(3, 5\) float32 in the network",
+        ),
+        (
+            lambda params: params | {"head": {"bias": jnp.zeros(2)}},
+            r"head.bias is none there and \(2,\) float32 in",
+        ),
+        (lambda params: {"encoder": params["encoder"]}, r"mixers.level1.bias is \(4,\).* none in"),
+        (
+            lambda params: jax.tree.map(lambda x: x.astype(jnp.bfloat16), params),
+            r"kernel is \(3, 4\) float32 there and \(3, 4\) bfloat16",
+        ),
+    ],
+)
+def test_another_network_is_named_by_its_first_parameter(open_checkpoints, change, words):
+    checkpoints, state = open_checkpoints(), new_state()
+    save_all(checkpoints, {1: None})
+    other = state | {"params": change(state["params"])}
+    with pytest.raises(ValueError, match=words) as caught:
+        checkpoints.restore(1, abstract(other))
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,0 +1,249 @@
+"""Every shipped config builds; every fault is said with its value and what was expected."""
+
+import importlib
+import json
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import masm_brats, masm_demo
+from masm_jax import config as config_lib
+from masm_jax.data.conventions import MODALITIES, REGIONS
+from masm_jax.models.masm import SIZES
+from masm_jax.state import Network, abstract_state, num_parameters
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+NAMES = sorted(path.stem for path in (REPOSITORY / "configs").glob("[a-z]*.py"))
+
+
+def named(name):
+    return importlib.import_module(f"configs.{name}").get_config()
+
+
+def changed(key, value, config=None):
+    config = config or masm_brats.get_config()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({key: value})
+    return config
+
+
+# ---------------------------------------------------------------- the shipped configs
+
+
+def test_the_experiments_of_the_issue_are_there():
+    assert set(NAMES) >= {
+        "masm_brats",
+        "unet_brats",
+        "late_brats",
+        "aware_brats",
+        "shift_brats",
+        "masm_demo",
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_config_is_valid_and_builds(name):
+    """No array is made: shapes alone, at the configured size."""
+    config = named(name)
+    config_lib.validate(config)
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    state = abstract_state(network)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+    assert jax.tree.structure(state["ema"]) == jax.tree.structure(state["params"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
+    image = jax.ShapeDtypeStruct((2, len(MODALITIES), *(config.patch,) * 3), jnp.float16)
+    logits, keep = jax.eval_shape(
+        lambda params, x: network.apply(params, x, deep=True), state["params"], image
+    )
+    assert logits[0].shape == (2, *(config.patch,) * 3, len(REGIONS))
+    assert len(logits) == SIZES[config.model.size].deep_heads
+    aware = [f"level{i + 1}" for i, mixer in enumerate(config.model.mixers) if mixer == "aware"]
+    assert sorted(keep) == aware
+    assert num_parameters(state["params"]) > 1e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_configs_differ_in_what_they_say_they_differ_in(name):
+    base, other = (config_lib.to_dict(c) for c in (masm_brats.get_config(), named(name)))
+    keys = {line.split(":")[0] for line in config_lib.differences(base, other)}
+    if name.endswith("_brats"):
+        assert keys <= {"model.mixers"}
+    assert config_lib.differences(other, other) == []
+
+
+@pytest.mark.parametrize("name", ["masm_brats", "aware_brats", "shift_brats"])
+def test_base_stays_within_its_budget(name):
+    """At most 100 GMAC forward at 4 x 128^3, counted by XLA on the lowered program.
+
+    XLA leaves out the taps that fall on padding, 3 % here, and counts element-wise work, well under
+    1 %: hence the margin.
+    """
+    config = named(name)
+    assert (config.model.size, config.patch) == ("base", 128)
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    image = jax.ShapeDtypeStruct((1, 4, 128, 128, 128), jnp.float32)
+    forward = jax.jit(lambda params, x: network.apply(params, x)[0][0])
+    cost = forward.lower(abstract_state(network)["params"], image).cost_analysis()
+    gmac = cost["flops"] / 2 / 1e9
+    assert 20 < gmac * 1.06 <= 100
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("augment", "nnunett", ("'nnunett'", "one of nnunet, swin, none")),
+        ("model.size", "huge", ("'huge'", "tiny, base, full")),
+        ("model.dtype", "float16", ("'float16'", "float32, bfloat16")),
+        ("optim.name", "lamb", ("'lamb'", "adamw, sgd")),
+        ("optim.schedule", "step", ("'step'", "cosine, poly, constant")),
+        ("total_steps", 0, ("= 0", "1 or more")),
+        ("batch_size", -1, ("= -1", "1 or more")),
+        ("patch", 0, ("= 0", "1 or more")),
+        ("seed", -1, ("= -1", "0 to ")),
+        ("seed", 2**32, ("= 4294967296", "0 to ")),
+        ("infer.batch", 0, ("= 0", "1 or more")),
+        ("model.shift_depth", 0, ("= 0", "1 or more")),
+        ("optim.learning_rate", 0.0, ("= 0.0", "above 0")),
+        ("optim.clip_norm", -1.0, ("= -1.0", "above 0")),
+        ("log.patch_every", -1, ("= -1", "0 (never)")),
+        ("log.volumes", 0, ("= 0", "1 or more")),
+        ("log.every", 0, ("= 0", "1 or more")),
+        ("log.checkpoint_every", 0, ("= 0", "1 or more")),
+        ("stop_at_step", -1, ("= -1", "0 (never)")),
+        ("data.foreground", 1.5, ("= 1.5", "[0, 1]")),
+        ("infer.overlap", 1.0, ("= 1.0", "[0, 1)")),
+        ("infer.threshold", 0.0, ("= 0.0", "(0, 1)")),
+        ("infer.flips", (0, 3), ("(0, 3)", "axes 0, 1, 2")),
+        ("optim.warmup_steps", 100_000, ("= 100000", "total_steps (60000)", "shorten")),
+        ("optim.ema_decay", 1.0, ("= 1.0", "[0, 1)")),
+        ("loss.keep_target", 0.0, ("= 0.0", "(0, 1]")),
+        ("gumbel.end", 0.0, ("= 0.0", "above 0")),
+        ("model.mixers", ("aware",) * 5, ("('aware', 'aware'", "six entries", "plain U-Net")),
+        ("model.mixers", ("aware",) * 5 + ("swap",), ("'swap'", "aware, shift, concat")),
+        ("model.pairs", (("t1", "t1ce"), ("t1", "flair")), ("'t1'", "no modality twice")),
+        ("model.pairs", (("t1", "t1ce", "t2"),), ("'t2'", "pairs")),
+        ("model.mosaic", "bayer4d", ("'bayer4d'", "bayer3d")),
+        ("model.mosaic", [[0.5]], ("0.5", "integers")),
+    ],
+)
+def test_a_fault_is_named_with_value_and_expectation(key, value, words):
+    with pytest.raises(ValueError) as caught:
+        config_lib.validate(changed(key, value))
+    lines = str(caught.value).splitlines()
+    (line,) = (line for line in lines if line.startswith(f"config.{key}"))
+    assert "expected" in line
+    for word in words:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "words"),
+    [
+        ("base", 120, ("a multiple of 32", "the nearest is 128")),
+        ("tiny", 8, ("a multiple of 16", "the nearest is 16")),
+        ("tiny", 41, ("a multiple of 16", "the nearest is 48")),
+    ],
+)
+def test_a_patch_that_does_not_fit_names_the_nearest(size, patch, words):
+    config = changed("model.size", size)
+    config.patch = patch
+    with pytest.raises(ValueError, match=f"config.patch = {patch}") as caught:
+        config_lib.validate(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_all_faults_are_said_at_once():
+    config = changed("model.size", "huge")
+    config.batch_size = 0
+    with pytest.raises(ValueError) as caught:
+        config_lib.validate(config)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def records(**changes):
+    about = dict(spacing=2.0, modalities=MODALITIES, regions=REGIONS)
+    return types.SimpleNamespace(**about | changes)
+
+
+def test_records_of_another_spacing_are_refused():
+    config = changed("data.spacing", 1.0)
+    with pytest.raises(ValueError, match="config.data.spacing = 1.0.*2.0.*--spacing=1.0"):
+        config_lib.validate_records(config, records())
+    with pytest.raises(ValueError, match="of the scans"):
+        config_lib.validate_records(config, records(spacing=None))
+    config_lib.validate_records(config, records(spacing=1.0))
+    config_lib.validate_records(changed("data.spacing", 0.0), records())
+
+
+def test_pairs_of_modalities_that_are_not_there_are_refused():
+    two = records(spacing=1.0, modalities=("t1", "flair"))
+    with pytest.raises(ValueError, match="t1ce, t2.*have t1, flair"):
+        config_lib.validate_records(masm_brats.get_config(), two)
+    config_lib.validate_records(changed("model.pairs", (("t1", "flair"),)), two)
+
+
+# ---------------------------------------------------------------- JSON and changes
+
+
+@pytest.mark.parametrize("key", [None, "model.mixers", "model.mosaic", "infer.flips"])
+def test_the_way_through_json_keeps_the_network(key, tmp_path):
+    values = {"model.mixers": (), "model.mosaic": [[0, 1], [2, 3]], "infer.flips": (0, 2)}
+    config = masm_demo.get_config()
+    config.model.mixers = ("aware", "concat", "concat", "concat", "concat", "shift")
+    if key:
+        changed(key, values[key], config)
+    config_lib.save(config, tmp_path)
+    loaded = config_lib.load(tmp_path)
+    config_lib.validate(loaded)
+    assert config_lib.to_dict(loaded) == config_lib.to_dict(config)
+    assert config_lib.differences(config_lib.to_dict(config), config_lib.to_dict(loaded)) == []
+    states = [
+        abstract_state(Network(c, modalities=MODALITIES, regions=REGIONS)) for c in (config, loaded)
+    ]
+    assert states[0] == states[1]
+    with pytest.raises(AttributeError):
+        loaded.pacth = 32  # locked
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="config.json does not exist.*train.py"):
+        config_lib.load(tmp_path)
+
+
+def test_differences_are_listed_with_both_values():
+    old, new = masm_brats.get_config(), masm_brats.get_config()
+    new.model.mixers = ()
+    new.optim.learning_rate = 0.5
+    lines = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(new))
+    assert len(lines) == 2
+    assert lines[0].startswith("model.mixers: ['aware'") and lines[0].endswith("-> []")
+    assert lines[1] == "optim.learning_rate: 0.001 -> 0.5"
+
+
+def test_what_is_free_to_change_is_not_listed():
+    old = config_lib.to_dict(masm_brats.get_config())
+    new = json.loads(json.dumps(old))
+    new["stop_at_step"] = 7
+    new["data"] |= {"records": "/elsewhere", "workers": 4}
+    for section in ("log", "infer"):
+        new[section] = dict.fromkeys(new[section], "other")
+    assert config_lib.differences(old, new) == []
+    for section, key in (("data", "spacing"), ("data", "split"), ("data", "foreground")):
+        other = json.loads(json.dumps(old))
+        other[section][key] = "other"
+        assert [f"{section}.{key}" in line for line in config_lib.differences(old, other)] == [True]
+
+
+def test_a_key_that_only_one_of_them_has_is_a_difference():
+    old = config_lib.to_dict(masm_brats.get_config())
+    new = json.loads(json.dumps(old))
+    del new["optim"]["mixer_rate"]
+    assert config_lib.differences(old, new) == ["optim.mixer_rate: 1.0 -> None"]

@@ -1,0 +1,47 @@
+"""Signals and flags of the commands."""
+
+import os
+import signal
+
+import pytest
+from absl import flags
+
+from masm_jax import runtime
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_a_flag_and_the_second_acts(number):
+    before = signal.getsignal(number)
+    acted = []
+    signal.signal(number, lambda *_: acted.append(True))
+    try:
+        with runtime.StopSignal() as stop:
+            assert not stop
+            os.kill(os.getpid(), number)
+            assert stop and stop.name == number.name and not acted
+            os.kill(os.getpid(), number)
+            assert acted
+        os.kill(os.getpid(), number)
+        assert len(acted) == 2  # handlers are as they were
+    finally:
+        signal.signal(number, before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--colour=red", "--siez=3"], "Did you mean: size"),
+        (["--size=three"], "flag --size=three"),
+        (["size=3"], "unexpected argument 'size=3'"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(words, message, monkeypatch, capsys):
+    known = flags.FlagValues()
+    flags.DEFINE_integer("size", 1, "A size.", flag_values=known)
+    flags.DEFINE_string("colour", "", "A colour.", flag_values=known)
+    monkeypatch.setattr(flags, "FLAGS", known)
+    with pytest.raises(SystemExit) as stopped:
+        runtime.parse_flags(["/somewhere/train.py", *words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("train.py: ") and message in said and len(said.splitlines()) == 1
