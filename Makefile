@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help venv runtime test-tools test lint demo demo-compare clean
+.PHONY: help interpreter venv test-tools test lint demo-records demo demo-compare clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -21,12 +21,12 @@ help:
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
 	@echo "make lint          ruff"
-	@echo "make venv          only an empty $(VENV); PYTHON=/path/to/python3.12 chooses another Python"
+	@echo "make venv          set up $(VENV) with requirements.txt; PYTHON=/path/to/python3.12 chooses a Python"
 	@echo "make clean         remove demo/ and caches; $(VENV), records/ and runs/ stay"
 
 # ---------------------------------------------------------------- environment
 
-venv:
+interpreter:
 	@$(PY) -m pip --version >/dev/null 2>&1 && exit 0; \
 	python="$(PYTHON)"; \
 	if [ -z "$$python" ]; then \
@@ -49,10 +49,10 @@ define install
 	echo "$$sum" > "$$stamp"
 endef
 
-runtime: venv
+venv: interpreter
 	$(call install,requirements.txt,requirements.txt,about 1.1 GB)
 
-test-tools: venv
+test-tools: interpreter
 	$(call install,requirements-test.txt,requirements.txt requirements-test.txt,about 2 GB (1 GB of it torch; more with CUDA))
 
 # ---------------------------------------------------------------- checks
@@ -77,7 +77,7 @@ define evaluate
 endef
 CONCAT := ('concat','concat','concat','concat','concat','concat')
 
-demo: runtime demo-records
+demo: demo-records
 	@echo; echo "demo, 3 of 4: training; stop it whenever you like, 'make demo' goes on"
 	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/masm
 	@echo; echo "demo, 4 of 4: evaluation of the validation cases"
@@ -90,14 +90,13 @@ demo: runtime demo-records
 	echo "  demo/eval              metrics.csv, summary.json, predictions/ (NIfTI), overlays/ (PNG)"; \
 	echo "next: make demo-compare   the same budget without mixers"
 
-.PHONY: demo-records
-demo-records: runtime
+demo-records: venv
 	@echo; echo "demo, 1 of 4: $(CASES) simulated patients"
 	$(PY) -m masm_jax.phantom --output=demo/phantoms --cases=$(CASES) --spacing=3 --seed=0 --workers=2
 	@echo; echo "demo, 2 of 4: records"
 	$(PY) -m masm_jax.prepare --input=demo/phantoms --output=demo/records --workers=2
 
-demo-compare: runtime demo-records
+demo-compare: demo-records
 	@echo; echo "late: shared encoder, skips concatenated, no mixers"
 	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/late --config.model.mixers="$(CONCAT)"
 	$(call evaluate,late,demo/eval-late)

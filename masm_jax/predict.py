@@ -20,7 +20,7 @@ from masm_jax.evaluation import report
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import in_scan, load_run
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("masm_jax.predict")  # run as a module, __name__ is "__main__"
 
 
 def main(argv=None):

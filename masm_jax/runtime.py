@@ -1,5 +1,6 @@
 """Process start: devices, logging, compilation cache, signals, exit codes."""
 
+import ctypes
 import logging
 import os
 import pathlib
@@ -29,12 +30,30 @@ def start(*, devices=0, cache=True):
     logging.getLogger("masm_jax").setLevel(logging.INFO)
     for library in ("absl", "jax", "orbax"):  # checkpointing alone says fifty lines a save
         logging.getLogger(library).setLevel(logging.ERROR)
+    _keep_memory()
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
     if cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = pathlib.Path.home() / ".cache" / "masm_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def _keep_memory():
+    """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
+
+    XLA's CPU client allocates a step's buffers anew at each call; without this a sixth to a third of
+    the time goes into page faults (docs/decisions.md).
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return  # another C library, such as musl
+    trim_threshold, mmap_max = -1, -4  # malloc.h
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 def parse_flags(argv):

@@ -2,6 +2,8 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
@@ -13,6 +15,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 import pytest  # noqa: E402
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+# A third of the time that a training step takes to compile. The names are those of one XLA.
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 2}
+if jax.__version_info__ >= (0, 11):
+    QUICK = {}
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +29,63 @@ def real_data():
     if not (folder / "brats").is_dir():
         pytest.skip(f"no real scans: {folder}/brats is absent; set $MASM_REAL_DATA to a folder with it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """``jax.jit`` for large programs that run once or twice."""
+
+    def jit(function, **options):
+        return jax.jit(function, compiler_options=QUICK or None, **options)
+
+    return jit
+
+
+@pytest.fixture
+def make_config():
+    """The demo's config, shrunk to seconds: make_config(**{"model.mixers": (), ...})."""
+    from configs import masm_demo
+
+    def make(**changes):
+        config = masm_demo.get_config()
+        small = {"total_steps": 6, "batch_size": 8, "patch": 16, "augment": "none"}
+        config.update_from_flattened_dict(small | {"optim.warmup_steps": 2} | changes)
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def command_line(tmp_path_factory):
+    """The start of a command line and its environment: commands as users run them, on one device.
+
+    They share a cache of compiled programs, so that only the first of a kind compiles.
+    """
+    named = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    environment = os.environ | {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "XLA_FLAGS": named,
+    }
+    return [sys.executable], environment
+
+
+@pytest.fixture(scope="session")
+def command(command_line):
+    """Runs a command in its own process: command("train.py", "--flag=value", code=0) -> result."""
+    start, environment = command_line
+
+    def run(*words, code=0, timeout=600):
+        result = subprocess.run(
+            [*start, *map(str, words)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        said = f"{' '.join(map(str, words))}\n{result.stdout}\n{result.stderr}"
+        assert result.returncode == code, f"exit code {result.returncode}, expected {code}: {said}"
+        return result
+
+    return run

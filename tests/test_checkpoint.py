@@ -71,7 +71,6 @@ def kept(tmp_path):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_what_was_saved_comes_back(open_checkpoints, devices):
     state = new_state()
-    save_all(open_checkpoints(), {})
     first = open_checkpoints()
     first.save(3, state, dice=0.25, meta=META | {"dice": 0.25})
     first.close()

@@ -1,0 +1,261 @@
+"""The training step: one device against eight, every variant, determinism, precision."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from masm_jax import sharding
+from masm_jax.data.conventions import MODALITIES, REGIONS
+from masm_jax.evaluation import validation
+from masm_jax.models.masm import SIZES
+from masm_jax.state import Network, init_state
+from masm_jax.steps import eval_step, segment_step, train_step
+
+MIXED = ("aware", "shift", "concat", "concat", "concat", "shift")
+
+
+def batch(size=8, patch=16, seed=0):
+    """Noise with a box of every label in it; the image is brighter there."""
+    random = np.random.default_rng(seed)
+    label = np.zeros((size, patch, patch, patch), np.uint8)
+    low, high = patch // 4, 3 * patch // 4
+    for index in range(size):
+        for value in (2, 1, 3):
+            corner = random.integers(low, high, 3)
+            label[index][tuple(slice(c, c + patch // 4) for c in corner)] = value
+    image = random.normal(size=(size, len(MODALITIES), patch, patch, patch))
+    return {"image": (image + label[:, None]).astype(np.float16), "label": label}
+
+
+def prepare(config, *, devices, jit):
+    """Network, state and the compiled step on some devices."""
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    everywhere = sharding.replicated(mesh)
+    params = jax.device_put(broken_zero(network.init(config.seed)), everywhere)
+    state = jax.jit(functools.partial(init_state, network), out_shardings=everywhere)(params)
+    step = jit(train_step(network), out_shardings=(everywhere, everywhere))
+    return mesh, state, step
+
+
+def broken_zero(params):
+    """Projections that start at zero hide what is behind them; give them small numbers."""
+    random = np.random.default_rng(7)
+
+    def fill(path, leaf):
+        leaf = np.asarray(leaf)
+        if path[-1].key != "kernel" or leaf.any():
+            return leaf
+        return (0.05 * random.standard_normal(leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, params)
+
+
+def by_path(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+@pytest.fixture(scope="module")
+def mixed(quick_jit):
+    """Half of the tokens pruned from the start, augmented; on one device."""
+    config = mixed_config()
+    return prepare(config, devices=1, jit=quick_jit)
+
+
+def mixed_config(**changes):
+    from configs import masm_demo
+
+    config = masm_demo.get_config()
+    small = {"total_steps": 6, "batch_size": 8, "patch": 16, "augment": "swin"}
+    small |= {"optim.warmup_steps": 2, "model.mixers": MIXED, "model.keep_bias": 0.0}
+    config.update_from_flattened_dict(small | changes)
+    return config
+
+
+# ---------------------------------------------------------------- devices, determinism
+
+
+def test_eight_devices_take_the_same_step_as_one(mixed, quick_jit):
+    mesh, state, step = mixed
+    one, one_metrics = step(state, sharding.global_batch(mesh, batch()))
+    mesh, state, step = prepare(mixed_config(), devices=8, jit=quick_jit)
+    data = sharding.global_batch(mesh, batch())
+    assert {shard.data.shape[0] for shard in data["image"].addressable_shards} == {1}
+    eight, eight_metrics = step(state, data)
+
+    assert one_metrics.keys() == eight_metrics.keys()
+    for name, value in one_metrics.items():
+        assert float(eight_metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert 0.2 < float(one_metrics["train/keep/level1"]) < 0.8
+    # AdamW's first step is lr * sign(gradient) where a gradient is no larger than its rounding:
+    # compare the gradients by the moments, and the parameters where those are clear of it.
+    mu_one, mu_eight = (by_path(optax.tree.get(s["opt_state"], "mu")) for s in (one, eight))
+    params_one, params_eight = by_path(one["params"]), by_path(eight["params"])
+    for name, mu in mu_one.items():
+        scale = float(jnp.abs(mu).max())
+        np.testing.assert_allclose(
+            mu_eight[name], mu, rtol=1e-4, atol=1e-4 * scale + 1e-8, err_msg=name
+        )
+        clear = np.abs(mu) > 1e-2 * scale + 1e-6
+        np.testing.assert_allclose(
+            np.asarray(params_eight[name])[clear],
+            np.asarray(params_one[name])[clear],
+            rtol=1e-5,
+            atol=1e-6,
+            err_msg=name,
+        )
+
+
+def test_the_same_step_twice_gives_the_same_bits(mixed):
+    mesh, state, step = mixed
+    data = sharding.global_batch(mesh, batch())
+    for one, other in zip(jax.tree.leaves(step(state, data)), jax.tree.leaves(step(state, data))):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_noise_differs_between_steps(mixed):
+    """Same weights, same batch, another step: other tokens are kept."""
+    mesh, state, step = mixed
+    image = np.zeros_like(batch()["image"])  # nothing for the augmentation to change
+    data = sharding.global_batch(mesh, {"image": image, "label": batch()["label"]})
+    kept = set()
+    for number in range(3):
+        _, metrics = step(state | {"step": state["step"] * 0 + number}, data)
+        kept.add(float(metrics["train/keep/level1"]))
+    assert len(kept) == 3
+
+
+def test_a_step_moves_everything_on(mixed):
+    mesh, state, step = mixed
+    after, metrics = step(state, sharding.global_batch(mesh, batch()))
+    assert int(after["step"]) == int(state["step"]) + 1
+    assert float(metrics["train/learning_rate"]) == pytest.approx(2e-3 / 2)
+    assert float(metrics["train/temperature"]) == 1.0
+    for value in metrics.values():
+        assert value.dtype == jnp.float32 and value.shape == ()
+    # The average: one tenth old, nine tenths new (optim.average at step 0).
+    for name, new in by_path(after["params"]).items():
+        expected = 0.1 * by_path(state["params"])[name] + 0.9 * new
+        np.testing.assert_allclose(by_path(after["ema"])[name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_few_steps_lower_the_loss(mixed):
+    mesh, state, step = mixed
+    data = sharding.global_batch(mesh, batch())
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, data)
+        losses.append(float(metrics["train/dice_loss"] + metrics["train/cross_entropy"]))
+    assert losses[-1] < losses[0] - 0.05
+
+
+# ---------------------------------------------------------------- every variant
+
+
+@pytest.mark.parametrize(
+    "mixers",
+    [(), ("concat",) * 6, ("aware",) * 6, ("shift",) * 6],
+    ids=["unet", "late", "aware", "shift"],
+)
+def test_every_variant_trains_every_parameter(mixers, make_config, quick_jit):
+    """Patch 32: at 16 the deepest levels are one voxel, which an instance norm makes zero."""
+    config = make_config(**{"model.mixers": mixers, "patch": 32, "batch_size": 1})
+    config.model.keep_bias = 1.0
+    config.model.modality_affine = bool(mixers)
+    mesh, state, step = prepare(config, devices=1, jit=quick_jit)
+    after, metrics = step(state, sharding.global_batch(mesh, batch(1, 32)))
+    for name, value in metrics.items():
+        assert np.isfinite(float(value)), name
+    ratios = [name for name in metrics if name.startswith("train/keep/")]
+    assert len(ratios) == mixers.count("aware")
+    lowest = f"decoder.heads.{SIZES[config.model.size].deep_heads - 1}."  # its weight is 0
+    gradients = by_path(optax.tree.get(after["opt_state"], "mu"))  # (1 - b1) times the gradient
+    for name, gradient in gradients.items():
+        if not name.startswith(lowest):
+            assert float(jnp.abs(gradient).max()) > 0, name
+    assert any(name.startswith("mixers.") for name in gradients) == ("concat" not in mixers[:1] and
+                                                                     bool(mixers))
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_bfloat16_is_close_to_float32(mixed, quick_jit):
+    mesh, state, step = mixed
+    data = sharding.global_batch(mesh, batch())
+    after, metrics = step(state, data)
+    _, half_state, half_step = prepare(
+        mixed_config(**{"model.dtype": "bfloat16"}), devices=1, jit=quick_jit
+    )
+    half_after, half_metrics = half_step(half_state, data)
+    for name in ("train/loss", "train/dice_loss", "train/cross_entropy"):
+        assert float(half_metrics[name]) == pytest.approx(float(metrics[name]), rel=0.03), name
+    for leaf in jax.tree.leaves((half_after["params"], half_after["ema"])):
+        assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
+    gradients, half = (
+        np.concatenate([np.ravel(g) for g in jax.tree.leaves(optax.tree.get(s["opt_state"], "mu"))])
+        for s in (after, half_after)
+    )
+    cosine = gradients @ half / np.linalg.norm(gradients) / np.linalg.norm(half)
+    assert cosine > 0.9
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class Fixed:
+    """A network whose logits are the first two modalities."""
+
+    regions = {"outer": (1, 2), "inner": (2,)}
+
+    def apply(self, params, x, **_):
+        return [jnp.moveaxis(x[:, :2], 1, -1).astype(jnp.float32) * params], {}
+
+
+def test_pseudo_dice_by_hand():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    step = jax.jit(eval_step(Fixed()))
+    params = jax.device_put(jnp.float32(1.0), sharding.replicated(mesh))
+    # A line of four voxels, twice: labels 1 2 0 0 and 1 0 0 0.
+    label = np.array([[1, 2, 0, 0], [1, 0, 0, 0]], np.uint8).reshape(2, 1, 1, 4)
+    outer = np.array([[1, 1, 1, 0], [0, 0, 0, 0]], np.float16)  # 2 of 3 hit, 1 missed
+    inner = np.array([[0, -1, 0, 0], [0, 0, 1, 1]], np.float16)  # 0 hit
+    image = np.stack([outer, inner], 1).reshape(2, 2, 1, 1, 4)
+    crop = {"image": image, "label": label, "case": np.arange(2, dtype=np.int32)}
+    sums = step(params, sharding.global_batch(mesh, crop))
+    np.testing.assert_array_equal(sums["overlap"], [2, 0])
+    np.testing.assert_array_equal(sums["total"], [3 + 3, 2 + 1])
+    scores = validation.pseudo_dice(step, params, [crop, crop], mesh, Fixed.regions)
+    assert scores == {
+        "val/dice/outer": pytest.approx(4 / 6),
+        "val/dice/inner": 0.0,
+        "val/dice": pytest.approx(2 / 6),
+    }
+
+
+def test_a_region_neither_there_nor_predicted_counts_as_one():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    params = jax.device_put(jnp.float32(1.0), sharding.replicated(mesh))
+    crop = {
+        "image": np.zeros((1, 2, 1, 1, 4), np.float16),
+        "label": np.zeros((1, 1, 1, 4), np.uint8),
+    }
+    scores = validation.pseudo_dice(jax.jit(eval_step(Fixed())), params, [crop], mesh, Fixed.regions)
+    assert scores == {"val/dice/outer": 1.0, "val/dice/inner": 1.0, "val/dice": 1.0}
+
+
+def test_segmenting_is_the_training_network_without_noise(quick_jit):
+    config = mixed_config()
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    params = broken_zero(network.init(0))
+    image = batch(2)["image"]
+    logits = quick_jit(segment_step(network))(params, image)
+    assert logits.shape == (2, 16, 16, 16, 3) and logits.dtype == jnp.float32
+    # Examples do not see each other.
+    alone = quick_jit(segment_step(network))(params, np.stack([image[1], image[1]]))
+    np.testing.assert_allclose(alone[0], logits[1], rtol=1e-4, atol=1e-5)
