@@ -6,13 +6,14 @@ SHELL := /bin/bash
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
+# At least 40: configs/masm_demo.py validates on cases 32 to 39.
 CASES ?= 40
 PYTEST ?=
 VENV ?= .venv
 PY := $(VENV)/bin/python
 # The first that runs, has a right version and can make environments: a name on the PATH may be a
 # shim that only fails, and Debian's python3 cannot make environments without python3-venv.
-PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
 

@@ -21,7 +21,7 @@ def get_config():
     config.data.spacing = 2.0
     config.model.size = "tiny"
     config.model.dtype = "float32"
-    config.loss.keep_target = 0.9  # few steps: a predictor that has learnt little should prune little
+    config.loss.keep_target = 0.9  # few steps: who has learnt little should prune little
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 25
     config.optim.ema_decay = 0.99

@@ -32,7 +32,7 @@ class Checkpoints:
         self._best = best
         self._manager = ocp.CheckpointManager(
             self.folder,
-            # Without best_fn Orbax does not write the metrics to disk; what is kept, the policy says.
+            # Without best_fn Orbax writes no metrics to disk; what is kept, the policy says.
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=keep, best_fn=lambda metrics: metrics[best]
             ),

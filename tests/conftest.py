@@ -27,7 +27,9 @@ def real_data():
     named = os.environ.get("MASM_REAL_DATA")
     folder = pathlib.Path(named) if named else REPOSITORY.parent / "shared" / "data"
     if not (folder / "brats").is_dir():
-        pytest.skip(f"no real scans: {folder}/brats is absent; set $MASM_REAL_DATA to a folder with it")
+        pytest.skip(
+            f"no real scans: {folder}/brats is absent; set $MASM_REAL_DATA to a folder with it"
+        )
     return folder
 
 
@@ -41,7 +43,7 @@ def quick_jit():
     return jit
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config():
     """The demo's config, shrunk to seconds: make_config(**{"model.mixers": (), ...})."""
     from configs import masm_demo

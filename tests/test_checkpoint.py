@@ -139,7 +139,7 @@ def test_an_unfinished_checkpoint_is_none(open_checkpoints, tmp_path):
     [
         (
             lambda params: new_state(width=5)["params"],
-            r"encoder.levels.0.kernel is \(3, 4\) float32 there and \(3, 5\) float32 in the network",
+            r"encoder.levels.0.kernel is \(3, 4\) float32 there and \(3, 5\) float32 in the",
         ),
         (
             lambda params: params | {"head": {"bias": jnp.zeros(2)}},

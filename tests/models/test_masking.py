@@ -91,9 +91,11 @@ def test_policy_attention_has_the_gradients_of_its_definition(share):
         return policy_softmax(q @ k.swapaxes(-1, -2), keep) @ v
 
     weight = jax.random.normal(jax.random.key(6), v.shape)
-    for ours, theirs in zip(*(
-        jax.value_and_grad(lambda *a: (fn(*a) * weight).sum(), (0, 1, 2, 3))(q, k, v, keep)
-        for fn in (policy_attention, defined)
-    )):  # fmt: skip
+
+    def value_and_gradients(fn):
+        return jax.value_and_grad(lambda *a: (fn(*a) * weight).sum(), (0, 1, 2, 3))(q, k, v, keep)
+
+    for ours, theirs in zip(value_and_gradients(policy_attention), value_and_gradients(defined)):
         for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * float(jnp.abs(other).max()))
+            atol = 1e-5 * float(jnp.abs(other).max())
+            np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)

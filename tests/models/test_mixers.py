@@ -79,7 +79,8 @@ def test_the_shift_lets_every_modality_see_every_other():
     mixer = ShiftMixer(
         6, 4, GRID, mosaic="bayer3d", modalities=4, width=16, heads=2, depth=1, init=Initialiser(0)
     )
-    mixer.tokens.restore.kernel[...] = jax.random.normal(jax.random.key(2), mixer.tokens.restore.kernel.shape)
+    kernel = mixer.tokens.restore.kernel
+    kernel[...] = jax.random.normal(jax.random.key(2), kernel.shape)
     x = jax.random.normal(jax.random.key(0), SHAPE)
     changed = x.at[:, 2, :4, :4, :4].add(1.0)  # one patch of one modality
     difference = np.abs(np.asarray(mixer(changed) - mixer(x)))

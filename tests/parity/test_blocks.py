@@ -151,7 +151,7 @@ def test_attention(masked):
 def test_mlp():
     block = MLP(8, init=Initialiser(0))
     x = normal(0, 2, 5, 8)
-    up = torch.from_numpy(np.array(block.up.kernel[...])), torch.from_numpy(np.array(block.up.bias[...]))
+    up = [torch.from_numpy(np.array(p[...])) for p in (block.up.kernel, block.up.bias)]
     down = torch.from_numpy(np.array(block.down.kernel[...]))
     hidden = torch.nn.functional.layer_norm(torch.from_numpy(x), (8,)) @ up[0] + up[1]
     expected = torch.from_numpy(x) + torch.nn.functional.gelu(hidden) @ down
