@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ from masm_jax.data.preprocess import Record
 VERSION = 1
 FOREGROUND_SAMPLES = 10_000  # voxels kept per region as possible crop centres
 _INDEX = "dataset.json"
+# NumPy reads the head of a file with ast.literal_eval, and CPython counts the depth of a syntax
+# tree for all threads together: two readers at once can end in "SystemError: AST constructor
+# recursion depth mismatch" (seen on 3.11.7; python/cpython#106905).
+_READING = threading.Lock()
 
 
 def write_record(root: Path | str, record: Record) -> None:
@@ -127,13 +132,15 @@ class Records:
 
     def image(self, case: str) -> np.ndarray:
         """Returns the (M, d, h, w) float16 image, memory-mapped."""
-        return np.load(self._file(case, "image.npy"), mmap_mode="r")
+        with _READING:
+            return np.load(self._file(case, "image.npy"), mmap_mode="r")
 
     def label(self, case: str) -> np.ndarray | None:
         """Returns the (d, h, w) uint8 internal labels, memory-mapped; None without segmentation."""
         if self.meta(case)["segmentation"] is None:
             return None
-        return np.load(self._file(case, "label.npy"), mmap_mode="r")
+        with _READING:
+            return np.load(self._file(case, "label.npy"), mmap_mode="r")
 
     def meta(self, case: str) -> dict[str, Any]:
         """Returns the content of meta.json."""
@@ -141,7 +148,7 @@ class Records:
 
     def foreground(self, case: str) -> dict[str, np.ndarray]:
         """Returns region -> (n, 3) int32 voxel coordinates inside it, possible crop centres."""
-        with np.load(self._file(case, "foreground.npz")) as stored:
+        with _READING, np.load(self._file(case, "foreground.npz")) as stored:
             return {name: stored[name] for name in self.regions}
 
     def _file(self, case: str, name: str) -> Path:

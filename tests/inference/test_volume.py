@@ -1,0 +1,179 @@
+"""One case: through a network, and back into the grid and the labels of its scan."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from masm_jax import sharding
+from masm_jax.checkpoint import Checkpoints
+from masm_jax.data import cases, nifti, preprocess
+from masm_jax.data.conventions import REGIONS, region_masks
+from masm_jax.inference.volume import Segmenter, in_scan, load_run
+
+SHAPE = (12, 15, 10)
+AFFINES = {
+    "LPS": [[-1.0, 0, 0, 3], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]],
+    "SAR": [[0, 0, 2.0, 5], [0, 1.0, 0, -7], [1.5, 0, 0, 1], [0, 0, 0, 1]],
+}
+NAMES = {
+    "brats2021": (("_t1", "_t1ce", "_t2", "_flair"), "_seg", (1, 2, 4)),
+    "brats2023": (("-t1n", "-t1c", "-t2w", "-t2f"), "-seg", (1, 2, 3)),
+}
+
+
+@pytest.fixture
+def make_case(tmp_path):
+    """Writes a case of noise whose segmentation is noise too: make_case(scheme, orientation)."""
+
+    def make(scheme, orientation):
+        names, seg, values = NAMES[scheme]
+        random = np.random.default_rng(0)
+        brain = np.zeros(SHAPE, bool)
+        brain[2:-1, 1:-3, 1:-2] = True
+        label = np.where(brain, random.choice([0, *values], SHAPE), 0).astype(np.uint8)
+        affine = np.array(AFFINES[orientation])
+        folder = tmp_path / "CASE"
+        folder.mkdir()
+        for name in names:
+            image = np.where(brain, random.integers(1, 900, SHAPE), 0).astype(np.int16)
+            nib.save(nib.Nifti1Image(image, affine), folder / f"CASE{name}.nii.gz")
+        nib.save(nib.Nifti1Image(label, affine), folder / f"CASE{seg}.nii.gz")
+        ((case,), problems) = cases.find_cases(folder, labels=scheme)
+        assert not problems
+        return case, label
+
+    return make
+
+
+@pytest.mark.parametrize("orientation", AFFINES)
+@pytest.mark.parametrize("scheme", NAMES)
+def test_a_perfect_prediction_is_the_segmentation(make_case, tmp_path, scheme, orientation):
+    """Cropped, reoriented, remapped, undone and written: every voxel as it was."""
+    case, label = make_case(scheme, orientation)
+    record = preprocess.preprocess(case)
+    probabilities = region_masks(record.label, REGIONS).astype(np.float32)
+    internal, written = in_scan(probabilities, record.meta, threshold=0.5)
+    np.testing.assert_array_equal(written, label)
+    np.testing.assert_array_equal(np.where(internal == 3, NAMES[scheme][2][2], internal), label)
+    nifti.write_labels(tmp_path / "out.nii.gz", written, like=case.images[0])
+    image = nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), label)
+    np.testing.assert_array_equal(image.affine, AFFINES[orientation])
+
+
+def test_resampled_probabilities_come_back_to_the_grid_of_the_scan(make_case):
+    case, label = make_case("brats2021", "SAR")
+    record = preprocess.preprocess(case, spacing=3.0)
+    assert record.image.shape[1:] != SHAPE
+    probabilities = np.ones((3, *record.image.shape[1:]), np.float32)
+    probabilities[2] = 0.4
+    internal, written = in_scan(probabilities, record.meta, threshold=0.5)
+    assert internal.shape == written.shape == SHAPE
+    brain = np.zeros(SHAPE, bool)
+    brain[2:-1, 1:-3, 1:-2] = True
+    np.testing.assert_array_equal(internal, np.where(brain, 1, 0))
+    internal, written = in_scan(probabilities, record.meta, threshold=0.3)
+    np.testing.assert_array_equal(internal, np.where(brain, 3, 0))
+    np.testing.assert_array_equal(written, np.where(brain, 4, 0))
+
+
+def test_labels_without_a_file_to_follow_get_the_affine(tmp_path):
+    label = np.arange(np.prod(SHAPE)).reshape(SHAPE) % 5
+    affine = np.array(AFFINES["SAR"])
+    nifti.write_labels(tmp_path / "out.nii.gz", label.astype(np.uint8), like=affine)
+    image = nib.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(np.asarray(image.dataobj), label)
+    np.testing.assert_allclose(image.affine, affine)
+    np.testing.assert_allclose(image.get_qform(), affine, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the segmenter
+
+
+class Fixed:
+    """A network whose logits are the first modalities, times a weight."""
+
+    def __init__(self, **infer):
+        infer = dict(overlap=0.5, batch=2, flips=(), threshold=0.5) | infer
+        self.config = types.SimpleNamespace(patch=8, infer=types.SimpleNamespace(**infer))
+        self.regions = REGIONS
+        self.tiles = []
+
+    def apply(self, params, x):
+        self.tiles.append(x.shape)
+        return [jnp.moveaxis(x[:, :3], 1, -1) * params], {}
+
+
+def image(shape):
+    return np.random.default_rng(1).normal(size=(4, *shape)).astype(np.float16)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x.astype(np.float64)))
+
+
+@pytest.mark.parametrize(("devices", "wanted", "batch"), [(1, 2, 2), (4, 2, 4), (4, 5, 8)])
+def test_tiles_are_spread_over_the_devices(devices, wanted, batch):
+    network = Fixed(batch=wanted)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    segmenter = Segmenter(network, np.float32(1.0), mesh)
+    seen = []
+    scan = image((13, 9, 8))
+    result = segmenter.probabilities(scan, progress=lambda *done: seen.append(done))
+    np.testing.assert_allclose(result, sigmoid(scan[:3]), atol=1e-6)
+    assert network.tiles == [(batch, 4, 8, 8, 8)] and seen[-1] == (6, 6)
+
+
+def test_new_weights_are_taken_without_compiling_again():
+    network = Fixed(flips=(0,))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    segmenter = Segmenter(network, np.float32(1.0), mesh)
+    scan = image((8, 8, 8))
+    first = segmenter.probabilities(scan)
+    segmenter.update(jax.device_put(np.float32(-2.0), sharding.replicated(mesh)))
+    second = segmenter.probabilities(scan)
+    np.testing.assert_allclose(first, sigmoid(scan[:3]), atol=1e-6)
+    np.testing.assert_allclose(second, sigmoid(-2.0 * scan[:3].astype(np.float32)), atol=1e-6)
+    assert len(network.tiles) == 1
+
+
+# ---------------------------------------------------------------- loading
+
+
+def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, make_config):
+    with pytest.raises(ValueError, match="config.json does not exist"):
+        load_run(tmp_path)
+    from masm_jax import config as config_lib
+
+    config_lib.save(make_config(), tmp_path)
+    for which in ("latest", "best"):
+        with pytest.raises(ValueError, match="no complete checkpoint"):
+            load_run(tmp_path, which=which)
+
+
+def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_config):
+    from masm_jax import config as config_lib
+    from masm_jax.state import Network, init_state
+
+    config = make_config(**{"model.mixers": ()})
+    config_lib.save(config, tmp_path)
+    network = Network(config, modalities=("t1", "flair"), regions=REGIONS)
+    state = jax.jit(lambda params: init_state(network, params))(network.init(0))
+    meta = {"modalities": ["t1", "flair"], "regions": REGIONS, "spacing": 2.0}
+    checkpoints = Checkpoints(tmp_path)
+    for step, dice in ((1, 0.9), (2, 0.1)):
+        ema = jax.tree.map(lambda x, step=step: jnp.full_like(x, step), state["ema"])
+        checkpoints.save(step, state | {"ema": ema}, dice=dice, meta=meta | {"dice": dice})
+    checkpoints.close()
+    for which, step in (("latest", 2), ("best", 1)):
+        segmenter, meta = load_run(tmp_path, which=which)
+        assert meta["step"] == step and meta["spacing"] == 2.0
+        assert segmenter.network.modalities == ("t1", "flair")
+        assert segmenter.network.regions == {k: list(v) for k, v in REGIONS.items()}
+        for leaf in jax.tree.leaves(segmenter._params):
+            assert float(leaf.min()) == float(leaf.max()) == step
+            assert len(leaf.sharding.device_set) == len(jax.devices())

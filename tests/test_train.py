@@ -1,0 +1,362 @@
+"""The real commands on phantoms: straight, stopped, killed, resumed, on one device and on eight."""
+
+import csv
+import gzip
+import json
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from masm_jax import checkpoint, sharding
+from masm_jax import config as config_lib
+from masm_jax.data.records import Records
+from masm_jax.state import Network, abstract_state
+
+CASES = [f"Phantom_{index:05d}" for index in range(4)]
+STEPS = 6
+FLAGS = (
+    "--config=configs/masm_demo.py",
+    f"--config.total_steps={STEPS}",
+    "--config.batch_size=8",
+    "--config.patch=16",
+    "--config.optim.warmup_steps=2",
+    "--config.model.mixers=('aware','concat','concat','concat','concat','shift')",
+    "--config.model.keep_bias=0.0",
+    "--config.log.every=1",
+    "--config.log.patch_every=3",
+    "--config.log.volume_every=6",
+    "--config.log.volumes=1",
+    "--config.log.checkpoint_every=4",
+)
+
+
+@pytest.fixture(scope="module")
+def phantoms(command, tmp_path_factory):
+    """Four phantoms at 6 mm, raw."""
+    folder = tmp_path_factory.mktemp("phantoms") / "raw"
+    command("-m", "masm_jax.phantom", f"--output={folder}", "--cases=4", "--spacing=6")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(command, phantoms):
+    """The same, prepared."""
+    folder = phantoms.parent / "records"
+    said = command("-m", "masm_jax.prepare", f"--input={phantoms}", f"--output={folder}")
+    assert "4 records" in said.stdout and "brats2021" in said.stdout
+    return folder
+
+
+@pytest.fixture(scope="module")
+def split(phantoms):
+    path = phantoms.parent / "split.json"
+    path.write_text(json.dumps({"train": CASES[:3], "val": CASES[3:]}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def train(command, records, split):
+    """Runs train.py: train(workdir, "--more=flags", code=0)."""
+
+    def run(workdir, *more, code=0):
+        flags = (f"--config.data.records={records}", f"--config.data.split={split}")
+        return command("train.py", f"--workdir={workdir}", *FLAGS, *flags, *more, code=code)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(train, tmp_path_factory):
+    """A run of six steps without a stop."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    train(workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(train, tmp_path_factory):
+    """A run left after three of six steps."""
+    workdir = tmp_path_factory.mktemp("runs") / "stopped"
+    said = train(workdir, "--config.stop_at_step=3", code=75)
+    assert "saved step 3" in said.stderr and "the same command goes on" in said.stderr
+    assert logged(workdir)[-1][0] == 3 and saved(workdir) == [3]
+    return workdir
+
+
+def logged(workdir):
+    """[(step, numbers)], less the times, as they stand in the file."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (line.pop("step"), {key: value for key, value in line.items() if key[:5] != "time/"})
+        for line in lines
+    ]
+
+
+def saved(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def state_of(workdir, step=STEPS):
+    config = config_lib.load(workdir)
+    records = Records(config.data.records)
+    network = Network(config, modalities=records.modalities, regions=records.regions)
+    everywhere = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))
+    checkpoints = checkpoint.Checkpoints(workdir)
+    target = checkpoint.with_sharding(abstract_state(network), everywhere)
+    state, meta = checkpoints.restore(step, target)
+    checkpoints.close()
+    return state, meta
+
+
+def assert_same_run(one, other):
+    """The same numbers, to the last bit."""
+    assert logged(one) == logged(other)
+    (first, meta), (second, other_meta) = state_of(one), state_of(other)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert meta == other_meta
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_run_leaves_its_files(straight, records):
+    steps = [step for step, _ in logged(straight)]
+    assert [step for step, line in logged(straight) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert steps == sorted(steps)
+    numbers = [key for _, line in logged(straight) for key in line]
+    for name in ("val/dice/WT", "val/dice/TC", "val/dice/ET", "val/dice"):
+        assert numbers.count(name) == 2  # steps 3 and 6
+    assert numbers.count("volume/dice/ET") == 1
+    assert numbers.count("train/keep/level1") == STEPS
+    for name in ("config.json", "split.json", "curves.png", "tensorboard"):
+        assert (straight / name).exists()
+    assert json.loads((straight / "split.json").read_text())["val"] == CASES[3:]
+    _, meta = state_of(straight)
+    assert meta["step"] == STEPS and meta["modalities"] == ["t1", "t1ce", "t2", "flair"]
+    assert meta["dice"] == logged(straight)[-2][1]["val/dice"]
+    assert STEPS in saved(straight) and len(saved(straight)) <= 2  # the newest, the best
+
+
+def test_stopped_and_continued_is_the_same_run(straight, stopped, train, tmp_path):
+    workdir = tmp_path / "continued"
+    shutil.copytree(stopped, workdir)
+    said = train(workdir)
+    assert "continuing at step 3" in said.stderr
+    assert_same_run(straight, workdir)
+
+
+def test_killed_and_continued_is_the_same_run(straight, train, command_line, tmp_path, records, split):
+    workdir = tmp_path / "killed"
+    start, environment = command_line
+    words = ["train.py", f"--workdir={workdir}", *FLAGS]
+    words += [f"--config.data.records={records}", f"--config.data.split={split}"]
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen([*start, *words], env=environment, stderr=said)
+        try:
+            path = workdir / "metrics.jsonl"
+            while process.poll() is None and not (path.is_file() and path.read_text()):
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+    said = (tmp_path / "said").read_text()
+    assert code == 75, said
+    assert "SIGTERM: finishing the step and saving" in said
+    (step,) = saved(workdir)
+    assert 1 <= step < STEPS and max(at for at, _ in logged(workdir)) == step
+    train(workdir)
+    assert_same_run(straight, workdir)
+
+
+def test_continued_on_eight_devices_the_numbers_stay(straight, stopped, train, tmp_path):
+    workdir = tmp_path / "eight"
+    shutil.copytree(stopped, workdir)
+    said = train(workdir, "--cpu_devices=8")
+    assert "8 cpu device(s)" in said.stderr
+    one, eight = logged(straight), logged(workdir)
+    assert [step for step, _ in one] == [step for step, _ in eight]
+    for (step, expected), (_, line) in zip(one, eight):
+        for name in ("train/loss", "train/dice_loss", "train/cross_entropy", "train/ratio_loss"):
+            if name in expected:
+                assert line[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
+
+
+def test_a_finished_run_has_nothing_left_to_do(straight, train, tmp_path):
+    workdir = tmp_path / "finished"
+    shutil.copytree(straight, workdir)
+    said = train(workdir)
+    assert "done: 6 steps" in said.stderr
+    assert logged(workdir) == logged(straight)
+
+
+# ---------------------------------------------------------------- what is refused, and how
+
+
+def readable(result, *words):
+    """No traceback; the words are there."""
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, (word, result.stderr)
+
+
+def test_a_changed_config_is_refused_with_the_difference(straight, train, split):
+    before = {path: path.read_bytes() for path in straight.iterdir() if path.is_file()}
+    whole = split.read_text()
+    split.write_text(json.dumps({"train": CASES[:2], "val": CASES[3:]}))  # the same path
+    try:
+        result = train(straight, "--config.optim.learning_rate=0.5", "--config.patch=32", code=1)
+    finally:
+        split.write_text(whole)
+    readable(result, "patch: 16 -> 32", "optim.learning_rate: ", "-> 0.5", "--config_change=accept")
+    readable(result, "data.split: gives other cases")
+    assert {path: path.read_bytes() for path in straight.iterdir() if path.is_file()} == before
+
+
+def test_a_start_that_fails_does_not_claim_the_folder(train, tmp_path):
+    result = train(tmp_path, "--config.batch_size=7", "--cpu_devices=8", code=1)
+    (line,) = result.stderr.splitlines()[-1:]
+    assert line.startswith("train.py: config.batch_size = 7: expected a multiple of the 8 devices")
+    readable(train(tmp_path, "--config.stop_at_step=1", code=75), "saved step 1")
+
+
+def test_nan_stops_with_step_and_name_and_saves_nothing(train, records, tmp_path):
+    broken = tmp_path / "records"
+    shutil.copytree(records, broken)
+    for case in CASES[:3]:
+        image = np.load(broken / case / "image.npy")
+        np.save(broken / case / "image.npy", image * np.float16("nan"))
+    result = train(tmp_path / "run", f"--config.data.records={broken}", code=1)
+    readable(result, "train.py: step 1: ", "train/loss", "is not finite")
+    assert saved(tmp_path / "run") == []
+
+
+def test_missing_records_are_one_readable_line(train, tmp_path):
+    result = train(tmp_path / "run", "--config.data.records=/nowhere", code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("train.py: /nowhere/dataset.json") and "masm_jax.prepare" in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train.py", *FLAGS, "--workdir=w", "--config.modle.size=tiny"), "unknown config key: mod"),
+        (("eval.py", "--workdir=w", "--outptu=o"), "unknown command line flag 'outptu'"),
+        (("-m", "masm_jax.predict", "--workdir=w"), "required: --input, --output"),
+    ],
+)
+def test_mistyped_flags_are_usage_errors(command, words, message):
+    result = command(*words, code=2)
+    assert "Traceback" not in result.stderr
+    assert message.lower() in result.stderr.lower()
+
+
+# ---------------------------------------------------------------- evaluation, prediction
+
+
+def seg(phantoms, case):
+    return nib.load(phantoms / case / f"{case}_seg.nii.gz")
+
+
+def dice(one, other):
+    return 2 * (one & other).sum() / (one.sum() + other.sum())
+
+
+def assert_overlays(path, phantoms, case):
+    """Grid, orientation and labels of the scan; returns the labels."""
+    written, scan = nib.load(path), nib.load(phantoms / case / f"{case}_t1.nii.gz")
+    assert written.shape == scan.shape
+    np.testing.assert_array_equal(written.affine, scan.affine)
+    for field in ("qform_code", "sform_code", "pixdim", "xyzt_units"):
+        np.testing.assert_array_equal(written.header[field], scan.header[field], err_msg=field)
+    assert written.get_data_dtype() == np.uint8
+    labels = np.asarray(written.dataobj)
+    assert set(np.unique(labels)) <= {0, 1, 2, 4}
+    return labels
+
+
+@pytest.fixture(scope="module")
+def evaluated(straight, command):
+    output = straight / "eval"
+    said = command("eval.py", f"--workdir={straight}", "--split=val", f"--output={output}")
+    assert "compared in: the scans" in said.stdout
+    return output
+
+
+def test_evaluation_leaves_its_files(evaluated, phantoms):
+    case = CASES[3]
+    labels = assert_overlays(evaluated / "predictions" / f"{case}.nii.gz", phantoms, case)
+    reference = np.asarray(seg(phantoms, case).dataobj)
+    with open(evaluated / "metrics.csv") as file:
+        rows = {row["region"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["WT", "TC", "ET"]
+    for region, values in {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}.items():
+        assert rows[region]["case"] == case
+        expected = dice(np.isin(labels, values), np.isin(reference, values))
+        assert float(rows[region]["dice"]) == pytest.approx(expected, abs=1e-6)
+    summary = json.loads((evaluated / "summary.json").read_text())
+    assert summary["step"] == STEPS and summary["grid"] == ["the scans"] and not summary["failed"]
+    mean = np.mean([float(row["dice"]) for row in rows.values()])
+    assert summary["average"]["dice"] == pytest.approx(mean, abs=1e-6)
+    assert (evaluated / "overlays" / f"{case}.png").stat().st_size > 1000
+
+
+def test_without_the_scans_the_records_are_compared(straight, records, command, evaluated, tmp_path):
+    """The best checkpoint, on records whose scans are gone."""
+    moved = tmp_path / "records"
+    shutil.copytree(records, moved)
+    meta = json.loads((moved / CASES[3] / "meta.json").read_text())
+    meta["files"] = {name: f"/gone/{name}.nii.gz" for name in meta["files"]}
+    meta["segmentation"] = "/gone/seg.nii.gz"
+    (moved / CASES[3] / "meta.json").write_text(json.dumps(meta))
+    words = (f"--workdir={straight}", f"--records={moved}", "--checkpoint=best")
+    said = command("eval.py", *words, f"--output={tmp_path / 'eval'}")
+    assert "compared in: the records" in said.stdout
+    written = nib.load(tmp_path / "eval" / "predictions" / f"{CASES[3]}.nii.gz")
+    np.testing.assert_array_equal(written.affine, meta["affine"])
+    assert list(written.shape) == meta["shape"]
+
+
+def test_prediction_of_one_case_is_that_of_the_evaluation(straight, phantoms, command, evaluated):
+    case, output = CASES[3], straight / "one"
+    words = (f"--workdir={straight}", f"--input={phantoms / case}", f"--output={output}")
+    said = command("-m", "masm_jax.predict", *words, "--labels=brats2021")
+    assert "1 cases" in said.stdout
+    labels = assert_overlays(output / f"{case}.nii.gz", phantoms, case)
+    written = evaluated / "predictions" / f"{case}.nii.gz"
+    np.testing.assert_array_equal(labels, np.asarray(nib.load(written).dataobj))
+    assert (output / f"{case}.png").stat().st_size > 1000
+
+
+def test_a_broken_case_does_not_stop_the_others(straight, phantoms, command, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(phantoms, raw)
+    shutil.rmtree(raw / CASES[0])
+    image = raw / CASES[1] / f"{CASES[1]}_t2.nii.gz"
+    image.write_bytes(image.read_bytes()[:2000])  # a download cut off
+    (raw / CASES[2] / f"{CASES[2]}_flair.nii.gz").unlink()
+    (raw / CASES[2] / f"{CASES[2]}_t1ce.nii.gz").unlink()
+    words = (f"--workdir={straight}", f"--input={raw}", f"--output={tmp_path / 'out'}")
+    said = command("-m", "masm_jax.predict", *words, code=3)
+    assert "1 cases in" in said.stdout
+    failed = [line for line in said.stderr.splitlines() if line.startswith("failed: ")]
+    assert len(failed) == 2 and "Traceback" not in said.stderr
+    assert f"{CASES[1]}_t2.nii.gz" in said.stderr and CASES[2] in failed[0] + failed[1]
+    assert_overlays(tmp_path / "out" / f"{CASES[3]}.nii.gz", phantoms, CASES[3])
+    written = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert written == [f"{CASES[3]}.nii.gz", f"{CASES[3]}.png"]
+
+
+def test_a_whole_gzip_file_is_read(phantoms):
+    """The phantoms are what they say: a guard for the test above."""
+    image = phantoms / CASES[1] / f"{CASES[1]}_t2.nii.gz"
+    assert len(gzip.decompress(image.read_bytes())) > 348
