@@ -59,34 +59,34 @@ def make_config():
 
 @pytest.fixture(scope="session")
 def command_line(tmp_path_factory):
-    """The start of a command line and its environment: commands as users run them, on one device.
+    """(start, options) of subprocess.run([*start, "train.py", ...], **options): as users do it.
 
-    They share a cache of compiled programs, so that only the first of a kind compiles.
+    One CPU device. The processes share a cache of compiled programs: only the first of a kind
+    compiles.
     """
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "hidden").mkdir()
+    # TensorBoard's writer would import it, for three seconds in each process.
+    (folder / "hidden" / "torch.py").write_text("raise ImportError('hidden by tests/conftest.py')")
     named = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
     environment = os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "XLA_FLAGS": named,
+        "PYTHONPATH": str(folder / "hidden"),
     }
-    return [sys.executable], environment
+    return [sys.executable], {"cwd": REPOSITORY, "env": environment}
 
 
 @pytest.fixture(scope="session")
 def command(command_line):
     """Runs a command in its own process: command("train.py", "--flag=value", code=0) -> result."""
-    start, environment = command_line
+    start, options = command_line
 
     def run(*words, code=0, timeout=600):
-        result = subprocess.run(
-            [*start, *map(str, words)],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
-        said = f"{' '.join(map(str, words))}\n{result.stdout}\n{result.stderr}"
+        words = [*start, *map(str, words)]
+        result = subprocess.run(words, **options, capture_output=True, text=True, timeout=timeout)
+        said = f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
         assert result.returncode == code, f"exit code {result.returncode}, expected {code}: {said}"
         return result
 

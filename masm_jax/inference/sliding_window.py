@@ -116,7 +116,13 @@ def predict(
     weight = np.zeros(image.shape[1:], np.float32)
     cube = gaussian(patch)
     mirrors = _mirrors(flips)
-    weights = jax.device_put(cube / len(mirrors))
+
+    @functools.cache
+    def weights_like(sharding: jax.sharding.Sharding) -> jax.Array:
+        """The weights beside the logits: on every device of theirs."""
+        if isinstance(sharding, jax.NamedSharding):
+            sharding = jax.NamedSharding(sharding.mesh, jax.P())
+        return jax.device_put(cube / len(mirrors), sharding)
 
     pending: collections.deque[tuple[list[Start], jax.Array]] = collections.deque()
     done = 0
@@ -134,7 +140,7 @@ def predict(
 
     for starts in _batched(tiles, batch):
         x = _stack(image, starts, patch=patch, batch=batch)
-        pending.append((starts, _votes(apply, x, weights, mirrors, num_regions)))
+        pending.append((starts, _votes(apply, x, weights_like, mirrors, num_regions)))
         if len(pending) == 2:  # the newest is being computed while the older one is added up
             add_oldest()
     while pending:
@@ -146,7 +152,7 @@ def predict(
 def _votes(
     apply: Callable[[jax.Array], jax.Array],
     x: np.ndarray,
-    weights: jax.Array,
+    weights_like: Callable[[jax.sharding.Sharding], jax.Array],
     mirrors: list[tuple[int, ...]],
     num_regions: int,
 ) -> jax.Array:
@@ -165,7 +171,7 @@ def _votes(
                 f"the network gives logits of shape {logits.shape} for tiles {x.shape}, expected "
                 f"{expected}: num_regions and the patch must be those of the network"
             )
-        vote = _weighted(logits, weights, axes=mirror)
+        vote = _weighted(logits, weights_like(logits.sharding), axes=mirror)
         votes = vote if votes is None else votes + vote
     return votes
 

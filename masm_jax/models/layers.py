@@ -5,6 +5,7 @@ Modules hold float32 parameters; they compute in the dtype of their input and re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from masm_jax.models.conv import conv
@@ -40,6 +41,22 @@ def repeat3d(x, factor):
     x = x.reshape(*lead, d, 1, h, 1, w, 1, c)
     x = jnp.broadcast_to(x, (*lead, d, factor, h, factor, w, factor, c))
     return x.reshape(*lead, d * factor, h * factor, w * factor, c)
+
+
+def upsample(x, factor):
+    """Trilinear upsampling of (B, D, H, W, C) by an integer factor, as PyTorch without aligned corners.
+
+    A small matrix per axis: no gather, and the rows of each sum to 1.
+    """
+    if factor == 1:
+        return x
+    for axis in (1, 2, 3):
+        size = x.shape[axis]
+        place = (np.arange(size * factor) + 0.5) / factor - 0.5
+        place = np.clip(place, 0, size - 1)  # the border is held
+        matrix = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
+        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), (axis, 1)), -1, axis)
+    return x
 
 
 def average_pool(x, factor):

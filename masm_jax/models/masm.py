@@ -101,7 +101,9 @@ class MASM(nnx.Module):
         groups = folded if model.modality_affine else 1
         self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
         names = list(modalities)
-        pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
+        pairs = []
+        if "aware" in self.mixer_names:  # the others do without, and on any modalities
+            pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
         mixers, fuse = {}, []
         stride = size.stem
         for level, name in enumerate(self.mixer_names):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from masm_jax.models.layers import Dense, average_pool, repeat3d
+from masm_jax.models.layers import Dense, average_pool, upsample
 
 
 class Tokens(nnx.Module):
@@ -58,6 +58,7 @@ class Tokens(nnx.Module):
         b, m, d, h, w, c = y.shape
         n = self.cells
         y = y.reshape(b, m, d, h, w, n, n, n, c // n**3).transpose(0, 1, 2, 5, 3, 6, 4, 7, 8)
-        y = y.reshape(b, m, d * n, h * n, w * n, c // n**3)
-        gate, shift = jnp.split(repeat3d(y, self.patch // n), 2, axis=-1)
+        # Upsampled smoothly: held constant over cells, the gates draw their edges into the result.
+        y = upsample(y.reshape(b * m, d * n, h * n, w * n, c // n**3), self.patch // n)
+        gate, shift = jnp.split(y.reshape(b, m, *x.shape[2:5], -1), 2, axis=-1)
         return x * (1 + gate) + shift

@@ -89,7 +89,7 @@ def test_the_shift_lets_every_modality_see_every_other():
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_tokens_keep_places(patch):
-    """A change in one patch changes one token, and the way back writes into that patch alone."""
+    """A change in one patch changes one token, and its way back reaches half a cell beyond."""
     tokens = Tokens(3, 8, patch, (4, 4, 4), 2, init=Initialiser(0))
     tokens.restore.kernel[...] = jax.random.normal(jax.random.key(1), tokens.restore.kernel.shape)
     edge = 4 * patch
@@ -100,7 +100,9 @@ def test_tokens_keep_places(patch):
     assert moved.tolist() == [[0, 1, 2, 1, 3]]
     voxels = np.asarray(jnp.abs(tokens.modulate(x, after) - tokens.modulate(x, before)).max(-1)) > 0
     box = np.zeros_like(voxels)
-    box[0, 1, 2 * patch : 3 * patch, patch : 2 * patch, 3 * patch : 4 * patch] = True
+    reach = patch // tokens.cells // 2
+    starts = [slice(max(0, i * patch - reach), (i + 1) * patch + reach) for i in (2, 1, 3)]
+    box[0, 1, *starts] = True
     assert voxels.any() and not (voxels & ~box).any()
 
 

@@ -111,6 +111,10 @@ def test_pooling_and_repeating(factor):
     )
     repeated = torch.nn.functional.interpolate(to_torch(x), scale_factor=factor, mode="nearest")
     np.testing.assert_array_equal(layers.repeat3d(jnp.asarray(x), factor), from_torch(repeated))
+    smooth = torch.nn.functional.interpolate(
+        to_torch(x), scale_factor=factor, mode="trilinear", align_corners=False
+    )
+    np.testing.assert_allclose(layers.upsample(jnp.asarray(x), factor), from_torch(smooth), **TOLERANCE)
 
 
 def test_layer_norm():
