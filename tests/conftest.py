@@ -83,9 +83,18 @@ def command(command_line):
     """Runs a command in its own process: command("train.py", "--flag=value", code=0) -> result."""
     start, options = command_line
 
-    def run(*words, code=0, timeout=600):
+    def run(*words, code=0, optimised=False, timeout=600):
         words = [*start, *map(str, words)]
-        result = subprocess.run(words, **options, capture_output=True, text=True, timeout=timeout)
+        environment = options["env"]
+        if optimised:  # for where the steps take longer than the compilation
+            environment = environment | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+        result = subprocess.run(
+            words,
+            **options | {"env": environment},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
         said = f"{' '.join(words)}\n{result.stdout}\n{result.stderr}"
         assert result.returncode == code, f"exit code {result.returncode}, expected {code}: {said}"
         return result

@@ -66,8 +66,9 @@ def test_the_label_file_overlays_the_scan(raw, predicted, case):
     written = nib.load(predicted / f"{case}.nii.gz")
     assert written.shape == scan.shape == (240, 240, 155)
     assert np.asarray(written.affine).tobytes() == np.asarray(scan.affine).tobytes()
+    np.testing.assert_array_equal(written.header["pixdim"][:4], scan.header["pixdim"][:4])
     for field in (
-        *("dim", "pixdim", "qform_code", "sform_code", "xyzt_units"),
+        *("dim", "qform_code", "sform_code", "xyzt_units"),
         *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
         *("srow_x", "srow_y", "srow_z"),
     ):

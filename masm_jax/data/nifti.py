@@ -154,6 +154,7 @@ def write_labels(path: Path | str, labels: np.ndarray, like: Path | str | np.nda
     header.set_data_dtype(np.uint8)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the image, not of labels
     image = type(source)(np.asarray(labels, np.uint8), source.affine, header)
+    image.header["pixdim"][4:] = source.header["pixdim"][4:]  # nibabel writes 1 where none is meant
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip.compress(data, compresslevel=6, mtime=0)

@@ -44,7 +44,7 @@ def repeat3d(x, factor):
 
 
 def upsample(x, factor):
-    """Trilinear upsampling of (B, D, H, W, C) by an integer factor, as PyTorch without aligned corners.
+    """Trilinear upsampling of (B, D, H, W, C) by a whole factor, PyTorch's align_corners=False.
 
     A small matrix per axis: no gather, and the rows of each sum to 1.
     """

@@ -114,7 +114,8 @@ def test_pooling_and_repeating(factor):
     smooth = torch.nn.functional.interpolate(
         to_torch(x), scale_factor=factor, mode="trilinear", align_corners=False
     )
-    np.testing.assert_allclose(layers.upsample(jnp.asarray(x), factor), from_torch(smooth), **TOLERANCE)
+    upsampled = layers.upsample(jnp.asarray(x), factor)
+    np.testing.assert_allclose(upsampled, from_torch(smooth), **TOLERANCE)
 
 
 def test_layer_norm():
