@@ -42,8 +42,8 @@ def start(*, devices=0, cache=True):
 def _keep_memory():
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
-    XLA's CPU client allocates a step's buffers anew at each call, and without this a good part of the
-    time goes into page faults (docs/results.md).
+    XLA's CPU client allocates a step's buffers anew at each call, and without this a good part of
+    the time goes into page faults (docs/results.md).
     """
     if not sys.platform.startswith("linux"):
         return

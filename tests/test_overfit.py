@@ -10,8 +10,8 @@ import pytest
 from masm_jax.data.conventions import BUILT_IN, REGIONS, to_file, to_internal
 from masm_jax.data.preprocess import resample_labels
 
-CASE = "BraTS2021_01481"
-EDGE = 48  # voxels of 2 mm: the tumour (28 x 36 x 28) and what is around it
+CASE = "BraTS-GLI-00000-000"
+EDGE = 48  # voxels of 2 mm: the tumour (23 x 38 x 24) and what is around it
 
 
 def halved(image):
@@ -30,17 +30,17 @@ def raw(real_data, tmp_path):
     """
     source = real_data / "brats" / CASE
     files = {path.name: nib.load(path) for path in sorted(source.glob("*.nii.gz"))}
-    seg = np.asarray(files[f"{CASE}_seg.nii.gz"].dataobj).astype(np.uint8)
+    seg = np.asarray(files[f"{CASE}-seg.nii.gz"].dataobj).astype(np.uint8)
     tumour = np.argwhere(seg > 0)
     low = (tumour.min(0) + tumour.max(0)) // 2 - EDGE
     low = np.clip(low, 0, np.array(seg.shape) - 2 * EDGE)
     box = tuple(slice(start, start + 2 * EDGE) for start in low)
-    labels = BUILT_IN["brats2021"].labels
+    labels = BUILT_IN["brats2023"].labels
     folder = tmp_path / "raw" / CASE
     folder.mkdir(parents=True)
     for name, image in files.items():
         voxels = np.asarray(image.dataobj)[box]
-        if name.endswith("_seg.nii.gz"):
+        if name.endswith("-seg.nii.gz"):
             internal = to_internal(voxels, labels)
             small = to_file(resample_labels(internal, (EDGE,) * 3, REGIONS), labels)
         else:
@@ -64,7 +64,7 @@ def test_one_real_case_is_learnt_in_all_its_regions(raw, command, tmp_path):
         f"--workdir={run}",
         f"--config.data.records={records}",
         f"--config.data.split={split}",
-        "--config.total_steps=300",
+        "--config.total_steps=450",
         "--config.batch_size=1",
         f"--config.patch={EDGE}",
         "--config.augment=none",

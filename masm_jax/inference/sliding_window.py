@@ -220,11 +220,16 @@ def _batched(tiles: list[Start], size: int) -> Iterator[list[Start]]:
 
 
 def _pad_to_patch(image: np.ndarray, patch: int) -> tuple[np.ndarray, tuple[slice, ...]]:
-    """The image, each axis at least `patch` long, and where the original lies in it."""
+    """The image, each axis at least `patch` long, and where the original lies in it.
+
+    An odd voxel goes in front, as in data/pipeline.py: one voxel aside, a strided network sees
+    another image than the one it was trained on.
+    """
     missing = [max(0, patch - n) for n in image.shape[1:]]
-    inner = tuple(slice(m // 2, m // 2 + n) for m, n in zip(missing, image.shape[1:]))
+    before = [m - m // 2 for m in missing]
+    inner = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:]))
     if any(missing):
-        image = np.pad(image, [(0, 0), *((m // 2, m - m // 2) for m in missing)])
+        image = np.pad(image, [(0, 0), *((b, m - b) for b, m in zip(before, missing))])
     return image, inner
 
 

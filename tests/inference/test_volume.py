@@ -12,6 +12,7 @@ from masm_jax import sharding
 from masm_jax.checkpoint import Checkpoints
 from masm_jax.data import cases, nifti, preprocess
 from masm_jax.data.conventions import REGIONS, region_masks
+from masm_jax.data.pipeline import Crop
 from masm_jax.inference.volume import Segmenter, in_scan, load_run
 
 SHAPE = (12, 15, 10)
@@ -140,6 +141,18 @@ def test_new_weights_are_taken_without_compiling_again():
     np.testing.assert_allclose(first, sigmoid(scan[:3]), atol=1e-6)
     np.testing.assert_allclose(second, sigmoid(-2.0 * scan[:3].astype(np.float32)), atol=1e-6)
     assert len(network.tiles) == 1
+
+
+def test_a_scan_smaller_than_a_tile_lies_in_it_as_in_training():
+    scan = image((7, 8, 5))
+    label = np.zeros(scan.shape[1:], np.uint8)
+    small = types.SimpleNamespace(image=lambda case: scan, label=lambda case: label)
+    crop = Crop(small, ("A",), 8, foreground=0.0)(0, np.random.default_rng(0))
+    network, tiles = Fixed(batch=1), []
+    segmenter = Segmenter(network, np.float32(1.0), sharding.make_mesh(jax.devices()[:1]))
+    step, segmenter._step = segmenter._step, lambda params, x: tiles.append(x) or step(params, x)
+    segmenter.probabilities(scan)
+    np.testing.assert_array_equal(tiles[0][0], crop["image"].astype(np.float32))
 
 
 # ---------------------------------------------------------------- loading
