@@ -88,6 +88,7 @@ def train(config, workdir):
 
     # ---------------------------------------------------------------- compiled steps, streams
     step_fn = jax.jit(train_step(network), donate_argnums=0, out_shardings=(everywhere, everywhere))
+    key = jax.jit(partial(jax.random.key, config.seed), out_shardings=everywhere)()
     eval_fn = jax.jit(eval_step(network), out_shardings=everywhere)
     stream = iter(
         pipeline.batches(
@@ -127,7 +128,7 @@ def train(config, workdir):
             batch = next(stream)
             metrics.waiting(time.perf_counter() - asked)
             batch = {name: batch[name] for name in ("image", "label")}
-            state, values = step_fn(state, sharding.global_batch(mesh, batch))
+            state, values = step_fn(state, sharding.global_batch(mesh, batch), key)
             metrics.train(step, values)
 
             if split["val"] and _due(step, config.log.patch_every, config.total_steps):

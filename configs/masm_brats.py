@@ -19,7 +19,7 @@ def get_config():
     config.total_steps = 60_000  # optimiser steps; the schedules end here
     config.batch_size = 8  # crops per step over all devices and processes
     config.patch = 128  # edge of a crop, voxels
-    config.augment = "nnunet"  # nnunet, swin or none
+    config.augment = "nnunet"  # nnunet, swin, scanner or none (data/augment.py)
     config.stop_at_step = 0  # leave after this step as if preempted (0 = never)
 
     config.data = data = ml_collections.ConfigDict()

@@ -30,7 +30,7 @@ def validate(config):
         check(value in choices, key, value, "one of " + ", ".join(map(str, choices)))
 
     model, optim, data, log = config.model, config.optim, config.data, config.log
-    among("augment", config.augment, ("nnunet", "swin", "none"))
+    among("augment", config.augment, ("nnunet", "swin", "scanner", "none"))
     among("model.size", model.size, tuple(SIZES))
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
     among("optim.name", optim.name, ("adamw", "sgd"))

@@ -12,10 +12,11 @@ from masm_jax.data.augment import augment
 
 
 def train_step(network):
-    """One step of training: (state, batch) -> (state, metrics).
+    """One step of training: (state, batch, key) -> (state, metrics).
 
     batch: {"image": (B, M, D, H, W) float16, "label": (B, D, H, W) uint8}. metrics: a flat dict of
-    float32 scalars. All randomness is folded from (config.seed, state["step"]).
+    float32 scalars. All randomness is folded from (key, state["step"]); the key is an argument and
+    not a constant, so that runs that differ in their seed alone share one compiled program.
     """
     config = network.config
     tx = optim.optimiser(config.optim, config.total_steps)
@@ -24,9 +25,8 @@ def train_step(network):
     keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
-    def step(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        augment_key, gumbel_key = jax.random.split(key)
+    def step(state, batch, key):
+        augment_key, gumbel_key = jax.random.split(jax.random.fold_in(key, state["step"]))
         image, label = augment(
             augment_key, batch["image"].astype(jnp.float32), batch["label"], recipe=config.augment
         )

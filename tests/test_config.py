@@ -97,7 +97,7 @@ def test_base_stays_within_its_budget(name):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("augment", "nnunett", ("'nnunett'", "one of nnunet, swin, none")),
+        ("augment", "nnunett", ("'nnunett'", "one of nnunet, swin, scanner, none")),
         ("model.size", "huge", ("'huge'", "tiny, base, full")),
         ("model.dtype", "float16", ("'float16'", "float32, bfloat16")),
         ("optim.name", "lamb", ("'lamb'", "adamw, sgd")),

@@ -38,8 +38,14 @@ def prepare(config, *, devices, jit):
     everywhere = sharding.replicated(mesh)
     params = jax.device_put(broken_zero(network.init(config.seed)), everywhere)
     state = jax.jit(functools.partial(init_state, network), out_shardings=everywhere)(params)
-    step = jit(train_step(network), out_shardings=(everywhere, everywhere))
+    compiled = jit(train_step(network), out_shardings=(everywhere, everywhere))
+    key = jax.device_put(jax.random.key(config.seed), everywhere)
+    step = functools.partial(_with_key, compiled, key)
     return mesh, state, step
+
+
+def _with_key(compiled, key, state, data):
+    return compiled(state, data, key)
 
 
 def broken_zero(params):

@@ -2,7 +2,8 @@
 
 ``nnunet`` is the default 3-D list of nnU-Net v2 (Isensee et al., Nature Methods 2021; its
 ``nnUNetTrainer``), in its order, with its probabilities and ranges; ``swin`` is the list of
-SwinUNETR for BraTS 2021 (Hatamizadeh et al., 2022); ``none`` leaves the batch as it is.
+SwinUNETR for BraTS 2021 (Hatamizadeh et al., 2022); ``scanner`` is ours, for few training cases:
+what differs from scanner to scanner, each modality apart. ``none`` leaves the batch as it is.
 
 Each example draws from ``fold_in(key, index in the global batch)``, so the result does not depend
 on how many devices share the batch. Every transform acts on the whole batch under ``vmap`` and is
@@ -155,13 +156,46 @@ def apply_swin(
     return jnp.where(empty, 0.0, image * scale + shift), label
 
 
+def draw_scanner(key: jax.Array, modalities: int) -> dict[str, jax.Array]:
+    """Parameters of ``scanner``, drawn for each modality apart from the others.
+
+    Returns:
+        ``flips`` (3,) bool, ``scale`` and ``shift`` (M,), ``field`` (M, 3, 3, 3) float32.
+    """
+    flips, scale, shift, strength, field = jax.random.split(key, 5)
+    # A third of the modalities keep their shading; the others get more, up to 15 % (one sigma).
+    per = (modalities, 1, 1, 1)
+    sigma = jnp.maximum(jax.random.uniform(strength, per, minval=-0.075, maxval=0.15), 0)
+    return {
+        "flips": jax.random.bernoulli(flips, 0.5, (3,)),
+        "scale": jax.random.uniform(scale, (modalities,), minval=0.75, maxval=1.25),
+        "shift": jax.random.uniform(shift, (modalities,), minval=-0.3, maxval=0.3),
+        "field": sigma * jax.random.normal(field, (modalities, 3, 3, 3)),
+    }
+
+
+def apply_scanner(
+    drawn: dict[str, jax.Array], image: jax.Array, label: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Apply ``draw_scanner``'s parameters, a leading axis B on each, as ``apply_nnunet``."""
+    image, label = _mirror(image, label, drawn["flips"])
+    empty = jnp.all(image == 0, axis=1, keepdims=True)
+    image = jax.vmap(transforms.bias_field)(image, drawn["field"])
+    scale, shift = (drawn[name][..., None, None, None] for name in ("scale", "shift"))
+    return jnp.where(empty, 0.0, image * scale + shift), label
+
+
 def _mirror(image: jax.Array, label: jax.Array, flips: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mirror image (B, M, D, H, W) and label (B, D, H, W) alike; ``flips`` (B, 3) bool."""
     flip = jax.vmap(transforms.mirror)
     return flip(image, flips), flip(label, flips)
 
 
-RECIPES = {"nnunet": (draw_nnunet, apply_nnunet), "swin": (draw_swin, apply_swin)}
+RECIPES = {
+    "nnunet": (draw_nnunet, apply_nnunet),
+    "swin": (draw_swin, apply_swin),
+    "scanner": (draw_scanner, apply_scanner),
+}
 
 
 def augment(
@@ -173,7 +207,7 @@ def augment(
         key: A typed JAX key, another one at each step.
         image: (B, M, D, H, W) float, z-scored in the brain and exactly 0 outside.
         label: (B, D, H, W) uint8, internal labels (below 128).
-        recipe: "nnunet", "swin" or "none".
+        recipe: "nnunet", "swin", "scanner" or "none".
 
     Returns:
         image (B, M, D, H, W) float32 and label (B, D, H, W) uint8.

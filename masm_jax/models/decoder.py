@@ -26,13 +26,17 @@ class Decoder(nnx.Module):
         ups, blocks = [], []
         for level in range(len(widths) - 1):
             width, below = widths[level], widths[level + 1]
-            ups.append(Dense(below, strides[level + 1] ** 3 * width, init=init))
+            children = strides[level + 1] ** 3
+            ups.append(Dense(below, children * width, init=init, copies=children))
             first = ConvNorm(2 * width, width, init=init)
             blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
         factors = [stem] + [1] * (heads - 1)
         self.heads = nnx.List(
-            [Dense(widths[i], f**3 * num_regions, init=init) for i, f in enumerate(factors)]
+            [
+                Dense(widths[i], f**3 * num_regions, init=init, copies=f**3)
+                for i, f in enumerate(factors)
+            ]
         )
         for head in self.heads:
             head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)

@@ -93,10 +93,15 @@ def instance_norm(x, scale, shift, eps=1e-5):
 
 
 class Dense(nnx.Module):
-    """x @ kernel + bias over the last axis; ``gain`` 0 starts it at zero."""
+    """x @ kernel + bias over the last axis; ``gain`` 0 starts it at zero.
 
-    def __init__(self, features_in, features_out, *, init, gain=1.0):
-        self.kernel = nnx.Param(init.fan_in((features_in, features_out), gain))
+    ``copies`` > 1 starts it with that many equal blocks of outputs: what ``depth_to_space`` then
+    makes of them is nearest-neighbour upsampling, without a checkerboard (ICNR, Aitken et al. 2017).
+    """
+
+    def __init__(self, features_in, features_out, *, init, gain=1.0, copies=1):
+        kernel = init.fan_in((features_in, features_out // copies), gain)
+        self.kernel = nnx.Param(jnp.tile(kernel, (1, copies)))
         self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32))
 
     def __call__(self, x):

@@ -177,7 +177,7 @@ def _dice(a, b):
     return 2 * np.sum(a & b, axis=(1, 2, 3)) / (a.sum((1, 2, 3)) + b.sum((1, 2, 3)))
 
 
-@pytest.mark.parametrize("recipe", ["nnunet", "swin"])
+@pytest.mark.parametrize("recipe", list(recipes.RECIPES))
 def test_background_stays_zero_and_tissue_does_not_become_background(batch, recipe):
     image, label = jitted(recipe)(jax.random.key(3), *batch)
     image = np.asarray(image)
@@ -201,6 +201,21 @@ def test_swin_scales_and_shifts_within_a_tenth(batch):
     assert -0.1001 <= shift.min() < -0.08 and 0.08 < shift.max() <= 0.1001
 
 
+def test_scanner_draws_each_modality_apart_and_within_its_ranges():
+    keys = jax.random.split(jax.random.key(1), 500)
+    drawn = jax.vmap(functools.partial(recipes.draw_scanner, modalities=MODALITIES))(keys)
+    drawn = jax.tree.map(np.asarray, drawn)
+    assert 0.75 <= drawn["scale"].min() < 0.76 and 1.24 < drawn["scale"].max() <= 1.25
+    assert -0.3 <= drawn["shift"].min() < -0.29 and 0.29 < drawn["shift"].max() <= 0.3
+    spread = drawn["field"].std(axis=(2, 3, 4))
+    assert np.mean(spread == 0) == pytest.approx(1 / 3, abs=0.05)
+    # 27 normal numbers of sigma uniform up to 0.15.
+    assert spread[spread > 0].mean() == pytest.approx(0.075, abs=0.01) and spread.max() < 0.3
+    for name in ("scale", "shift"):
+        across = np.corrcoef(drawn[name].T) - np.eye(MODALITIES)
+        assert np.abs(across).max() < 0.15
+
+
 def test_none_only_converts():
     image, label = jnp.ones((2, 4, 3, 3, 3), jnp.float16), jnp.ones((2, 3, 3, 3), jnp.uint8)
     out, target = augment(jax.random.key(0), image, label, recipe="none")
@@ -209,7 +224,8 @@ def test_none_only_converts():
 
 
 def test_unknown_recipe_names_the_choice():
-    with pytest.raises(ValueError, match="'nnUNet' is unknown; choose one of: nnunet, swin, none"):
+    choice = "'nnUNet' is unknown; choose one of: nnunet, swin, scanner, none"
+    with pytest.raises(ValueError, match=choice):
         augment(
             jax.random.key(0), jnp.ones((1, 1, 3, 3, 3)), jnp.ones((1, 3, 3, 3)), recipe="nnUNet"
         )
@@ -222,7 +238,7 @@ def test_a_missing_modality_stays_zero_and_finite(batch):
         assert np.all(np.isfinite(out)) and np.abs(out[:, 1]).max() < 1  # noise at most
 
 
-@pytest.mark.parametrize("recipe", ["nnunet", "swin"])
+@pytest.mark.parametrize("recipe", list(recipes.RECIPES))
 def test_the_key_and_the_place_in_the_batch_decide(batch, recipe):
     image = jnp.repeat(batch[0][:1], BATCH, axis=0)
     first = jitted(recipe)(jax.random.key(5), image, batch[1])[0]
@@ -232,7 +248,7 @@ def test_the_key_and_the_place_in_the_batch_decide(batch, recipe):
     assert len(np.unique(np.asarray(first).reshape(BATCH, -1), axis=0)) > BATCH // 2
 
 
-@pytest.mark.parametrize("recipe", ["nnunet", "swin"])
+@pytest.mark.parametrize("recipe", list(recipes.RECIPES))
 def test_a_sharded_batch_stays_sharded_and_equals_one_device(batch, recipe):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))

@@ -151,3 +151,28 @@ def test_gamma_keeps_mean_and_spread_and_order(image, transform):
 def test_gamma_leaves_an_empty_modality():
     out = transforms.gamma(jnp.zeros((2, 4, 4, 4)), jnp.array([0.7, 1.5]))
     np.testing.assert_array_equal(out, np.zeros((2, 4, 4, 4)))
+
+
+# ---------------------------------------------------------------- shading
+
+
+def test_bias_field_multiplies_the_raw_intensity():
+    """Shade the raw image with a field that varies along one axis, then z-score it as before."""
+    rng = np.random.default_rng(0)
+    mean, std = 4.0 * 25.0, 25.0
+    raw = rng.normal(mean, std, (2, 5, 6, 9)).astype(np.float32)
+    coarse = rng.normal(0, 0.2, (2, 1, 1, 9)).astype(np.float32)  # 9 of 9: nothing to interpolate
+    shaded = transforms.bias_field(jnp.asarray((raw - mean) / std), jnp.asarray(coarse))
+    np.testing.assert_allclose(shaded, (raw * (1 + coarse) - mean) / std, atol=1e-4)
+
+
+def test_bias_field_is_smooth_and_stays_near_its_coarse_values():
+    coarse = jnp.asarray(np.random.default_rng(1).normal(0, 0.1, (1, 3, 3, 3)), jnp.float32)
+    field = transforms.bias_field(jnp.zeros((1, 24, 24, 24)), coarse) / transforms.MEAN_OVER_STD
+    steps = max(float(jnp.abs(jnp.diff(field, axis=axis)).max()) for axis in (1, 2, 3))
+    extent = float(coarse.max() - coarse.min())
+    assert steps < extent / 4  # 8 voxels from one coarse value to the next
+    assert float(jnp.abs(field).max()) < 1.5 * float(jnp.abs(coarse).max())
+    corners = [field[0, i, j, k] for i in (0, -1) for j in (0, -1) for k in (0, -1)]
+    expected = [coarse[0, i, j, k] for i in (0, -1) for j in (0, -1) for k in (0, -1)]
+    np.testing.assert_allclose(corners, expected, atol=0.4 * extent)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from masm_jax.models.aware import AwareMixer
+from masm_jax.models.decoder import Decoder
 from masm_jax.models.init import Initialiser
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.tokens import Tokens
@@ -109,3 +110,16 @@ def test_tokens_keep_places(patch):
 def test_another_grid_is_refused():
     with pytest.raises(ValueError, match="token grid"):
         aware()(jnp.zeros((1, 4, 16, 16, 16, 6)))
+
+
+def test_the_decoder_starts_without_a_checkerboard():
+    """Equal inputs to every cell of the stem give logits that are constant over its 2^3 voxels."""
+    decoder = Decoder(
+        (4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0)
+    )
+    random = np.random.default_rng(0)
+    skips = [random.normal(size=(1, n, n, n, c)) for n, c in ((8, 4), (4, 6), (2, 8))]
+    logits = np.asarray(decoder([jnp.asarray(x, jnp.float32) for x in skips])[0])
+    cells = logits.reshape(8, 2, 8, 2, 8, 2, 3)
+    assert logits.shape == (1, 16, 16, 16, 3) and logits.std() > 0.1
+    np.testing.assert_allclose(cells, np.broadcast_to(cells[:, :1, :, :1, :, :1], cells.shape))
