@@ -16,7 +16,7 @@ def get_config():
     config.total_steps = 800
     config.batch_size = 1
     config.patch = 64  # most of a brain at 2 mm: smaller crops learn far worse (docs/results.md)
-    config.augment = "scanner"  # few training cases: fewer false lesions than "swin" (docs/results.md)
+    config.augment = "scanner"  # few cases: fewer false lesions than "swin" (docs/results.md)
     config.data.records = "records/brats2mm"
     config.data.spacing = 2.0
     config.model.size = "tiny"

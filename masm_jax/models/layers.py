@@ -95,8 +95,8 @@ def instance_norm(x, scale, shift, eps=1e-5):
 class Dense(nnx.Module):
     """x @ kernel + bias over the last axis; ``gain`` 0 starts it at zero.
 
-    ``copies`` > 1 starts it with that many equal blocks of outputs: what ``depth_to_space`` then
-    makes of them is nearest-neighbour upsampling, without a checkerboard (ICNR, Aitken et al. 2017).
+    ``copies`` > 1 starts it with that many equal blocks of outputs: ``depth_to_space`` of them is
+    nearest-neighbour upsampling, without a checkerboard (ICNR, Aitken et al. 2017).
     """
 
     def __init__(self, features_in, features_out, *, init, gain=1.0, copies=1):
