@@ -30,7 +30,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
     "split", "val", "train, val or test of the run, or a fold such as 2/5."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for metrics.csv, summary.json, predictions/.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for tables, predictions/ and overlays/.")
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
 _RECORDS = flags.DEFINE_string("records", None, "Records, where not those the run was trained on.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which weights.")
@@ -52,7 +52,7 @@ def evaluate(workdir, output):
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
     # ---------------------------------------------------------------- case by case
-    rows, failed, grids = [], {}, {}
+    rows, lesions, failed, grids = [], [], {}, {}
     began = time.perf_counter()
     for number, case in enumerate(cases, 1):
         try:
@@ -63,7 +63,10 @@ def evaluate(workdir, output):
             failed[case] = str(error)
             log.error("%s failed: %s", case, error)
             continue
-        rows += [{"case": case, "region": name, **values} for name, values in scores.items()]
+        for name, values in scores.items():
+            own = {"case": case, "region": name}
+            lesions += [own | lesion for lesion in values.pop("lesions", [])]
+            rows.append(own | values)
         if number <= _OVERLAYS.value:
             _draw(records, case, drawn, scores, output)
         left = (time.perf_counter() - began) / number * (len(cases) - number)
@@ -81,10 +84,11 @@ def evaluate(workdir, output):
             "failed": failed,
         }
         report.write_metrics_csv(output / "metrics.csv", rows)
+        report.write_metrics_csv(output / "lesions.csv", lesions)
         report.write_summary_json(output / "summary.json", summary)
         print(report.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
-        print(f"{output}: metrics.csv, summary.json, predictions/, overlays/")
+        print(f"{output}: metrics.csv, lesions.csv, summary.json, predictions/, overlays/")
     for case, reason in failed.items():
         print(f"failed: {case}: {reason}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
@@ -131,14 +135,15 @@ def _one(segmenter, records, case, reference, output):
     scan = pathlib.Path(next(iter(meta["files"].values())))
     path = output / "predictions" / f"{case}.nii.gz"
     nifti.write_labels(path, written, like=scan if scan.is_file() else np.array(meta["affine"]))
-    regions = network.regions
-    drawn = postprocess.decode(probabilities, regions=regions, threshold=threshold)
+    drawn = postprocess.decode(probabilities, regions=network.regions, threshold=threshold)
+    wanted = network.config.evaluation
+    asked = {"regions": network.regions, "tolerance": wanted.tolerance, "styles": wanted.styles}
 
     if reference is None and meta["segmentation"] and pathlib.Path(meta["segmentation"]).is_file():
         reference = (meta["segmentation"], {int(k): v for k, v in meta["labels"].items()})
     if reference is None:
         label = np.asarray(records.label(case))
-        scores = metrics.evaluate(drawn, label, meta["record_spacing"], regions=regions)
+        scores = metrics.evaluate(drawn, label, meta["record_spacing"], **asked)
         return scores, "the records", drawn
     values, affine, _ = nifti.read(reference[0])
     if values.shape != internal.shape or not np.allclose(affine, meta["affine"], atol=0.1):
@@ -148,7 +153,7 @@ def _one(segmenter, records, case, reference, output):
         )
     label = conventions.to_internal(values, reference[1])
     spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
-    return metrics.evaluate(internal, label, spacing, regions=regions), "the scans", drawn
+    return metrics.evaluate(internal, label, spacing, **asked), "the scans", drawn
 
 
 def _draw(records, case, drawn, scores, output):

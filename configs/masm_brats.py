@@ -74,4 +74,8 @@ def get_config():
     infer.batch = 4  # tiles per compiled call
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
     infer.threshold = 0.5  # on the probability of every region
+
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    evaluation.tolerance = 1.0  # mm, of the normalised surface Dice
+    evaluation.styles = ("brats2023", "brats2025")  # lesion-wise metrics (evaluation/lesions.py)
     return config

@@ -6,12 +6,13 @@ import pathlib
 
 import ml_collections
 
+from masm_jax.evaluation.lesions import STYLES
 from masm_jax.models.masm import MIXERS, SIZES, divisor
 from masm_jax.models.mosaic import offsets
 
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result.
-FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.")
+FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.", "evaluation.")
 
 
 def validate(config):
@@ -56,6 +57,14 @@ def validate(config):
         "infer.flips",
         tuple(config.infer.flips),
         "axes 0, 1, 2",
+    )
+    tolerance = config.evaluation.tolerance
+    check(tolerance >= 0, "evaluation.tolerance", tolerance, "mm, 0 or more")
+    check(
+        set(config.evaluation.styles) <= set(STYLES),
+        "evaluation.styles",
+        tuple(config.evaluation.styles),
+        "some of " + ", ".join(STYLES),
     )
     check(
         0 <= optim.warmup_steps <= config.total_steps,

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from masm_jax.data.conventions import REGIONS
+from masm_jax.evaluation.lesions import STYLES
 from masm_jax.evaluation.metrics import CONVENTIONS, EMPTY_RULES
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ Path = str | os.PathLike
 TABLE = {  # key -> heading, decimals, whether the median is shown
     "dice": ("Dice", 3, True),
     "hd95": ("HD95 mm", 1, True),
+    "nsd": ("NSD", 3, False),
     "sensitivity": ("sensitivity", 3, False),
     "precision": ("precision", 3, False),
 }
@@ -122,12 +124,31 @@ def format_table(summary: Mapping[str, Any]) -> str:
     table = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
     table.insert(1, "-" * max(map(len, table)))
     table.append("mean +- standard deviation over cases (Dice and HD95: median)")
+    for style in STYLES:
+        table += _lesion_lines(summary, style)
     for side, words in summary["conventions"]["empty_rules"].items():
         counts = {name: r["empty"][side] for name, r in summary["regions"].items()}
         hit = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
         if side != "neither":
             table.append(f"empty in {side} - {words}; cases: {hit or 'none'}")
     return "\n".join(table)
+
+
+def _lesion_lines(summary: Mapping[str, Any], style: str) -> list[str]:
+    """Lesion-wise means of a style, a line per region; nothing where it was not asked for."""
+    lines = []
+    for name, region in summary["regions"].items():
+        if f"{style}_tp" not in region:
+            continue
+        shown = {key: region[f"{style}_{key}"] for key in ("dice", "hd95", "nsd", "f1")}
+        cells = [_cell({"mean": s["mean"]}, 1 if k == "hd95" else 3) for k, s in shown.items()]
+        counts = [region[f"{style}_{key}"] for key in ("tp", "fp", "fn")]
+        found, false, missed = (c["mean"] * c["n"] for c in counts)
+        lines.append(
+            f"  {name}  Dice {cells[0]}  HD95 {cells[1]} mm  NSD {cells[2]}  F1 {cells[3]}  "
+            f"found {found:.0f}, missed {missed:.0f}, false {false:.0f}"
+        )
+    return [f"lesion-wise, {style}:", *lines] if lines else []
 
 
 def overlay(
@@ -254,7 +275,9 @@ def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]
     }
 
 
-def _cell(statistics: Mapping[str, Any] | None, decimals: int, with_median: bool) -> str:
+def _cell(
+    statistics: Mapping[str, Any] | None, decimals: int, with_median: bool = False
+) -> str:
     """For example "0.862 +- 0.042 (0.850)": mean, standard deviation, median, as far as there."""
     if not statistics or statistics["mean"] is None:
         return "-"

@@ -27,7 +27,8 @@ def surface_distances(
         mm, float64: (surface voxels of the prediction,), (surface voxels of the reference,).
     """
     box = joint_box(prediction, reference)
-    p, r = (np.argwhere(_surface(mask[box])) * np.asarray(spacing) for mask in (prediction, reference))
+    masks = (prediction[box], reference[box])
+    p, r = (np.argwhere(_surface(mask)) * np.asarray(spacing) for mask in masks)
     # A tree of surface points and no distance map: exact in float64 for any spacing, and as fast
     # for two small lesions at opposite ends of the brain as for two close ones.
     to_reference, _ = spatial.cKDTree(r).query(p)

@@ -1,6 +1,7 @@
 """Mask pairs of the golden lesion-wise values, and the command that made the values.
 
-    python -m venv official && official/bin/pip install brats_evaluation==0.0.10 pandas surface-distance
+    python -m venv official
+    official/bin/pip install brats_evaluation==0.0.10 pandas surface-distance
     official/bin/python tests/evaluation/golden_lesions.py BRATS-2023-METRICS \
         tests/evaluation/golden_lesions.json
 
@@ -68,9 +69,9 @@ def masks_as_labels(masks):
 
 def main():
     """Write the values of all pairs as JSON."""
-    import nibabel as nib
     from importlib.resources import files
 
+    import nibabel as nib
     from panoptica import Panoptica_Evaluator
 
     np.Inf = np.inf  # of NumPy 1, in surface-distance 0.1

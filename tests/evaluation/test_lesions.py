@@ -4,7 +4,6 @@ import json
 import math
 import pathlib
 
-import numpy as np
 import pytest
 
 from masm_jax.evaluation import surfaces

@@ -7,10 +7,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from masm_jax.evaluation import metrics
-from masm_jax.evaluation.metrics import EMPTY_RULES, WORST_HD95_MM, evaluate, hd95
+from masm_jax.evaluation import metrics, surfaces
+from masm_jax.evaluation.metrics import EMPTY_RULES, WORST_HD95_MM, evaluate
 
 UNIT = (1.0, 1.0, 1.0)
+
+
+def hd95(a, b, spacing):
+    return surfaces.hd95(surfaces.surface_distances(a, b, spacing))
 
 
 def _ball(shape, centre, radius, spacing=UNIT):

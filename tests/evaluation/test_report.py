@@ -113,13 +113,29 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_table_for_the_terminal():
     text = report.format_table(report.summarise(ROWS))
     lines = text.splitlines()
-    assert lines[0].split() == ["region", "cases", "Dice", "HD95", "mm", "sensitivity", "precision"]
+    headings = "region cases Dice HD95 mm NSD sensitivity precision"
+    assert lines[0].split() == headings.split()
     assert lines[2].startswith("WT") and "0.733 +- 0.208 (0.800)" in lines[2]
     assert lines[4].startswith("average") and "0.567" in lines[4]
-    assert "empty in both - rightly found empty: Dice 1, HD95 0 mm; cases: ET 1" in lines
+    assert "empty in both - rightly found empty: Dice 1, HD95 0 mm, NSD 1; cases: ET 1" in lines
     assert any("missed" in line and line.endswith("cases: none") for line in lines)
     assert any("false alarm" in line and line.endswith("cases: ET 1") for line in lines)
     assert max(map(len, lines)) <= 100
+
+
+def test_lesions_are_summed_and_their_means_taken_over_the_cases_that_have_a_value():
+    empty = dict.fromkeys(("dice", "hd95", "nsd", "f1")) | {"tp": 0, "fp": 0, "fn": 0}
+    one = {"dice": 0.5, "hd95": 4.0, "nsd": 0.25, "f1": 0.4, "tp": 1, "fp": 2, "fn": 1}
+    rows = [
+        {"case": case, "region": "ET", **{f"brats2025_{k}": v for k, v in values.items()}}
+        for case, values in (("a", one), ("b", one | {"dice": 0.7, "fn": 3}), ("c", empty))
+    ]
+    lines = report.format_table(report.summarise(rows)).splitlines()
+    place = lines.index("lesion-wise, brats2025:")
+    assert lines[place + 1] == (
+        "  ET  Dice 0.600  HD95 4.0 mm  NSD 0.250  F1 0.400  found 2, missed 4, false 4"
+    )
+    assert "lesion-wise, brats2023:" not in lines
 
 
 def test_table_of_no_rows_and_of_volumes_only():
