@@ -66,7 +66,7 @@ def write_metrics_csv(path: Path, rows: Sequence[Row]) -> None:
     """
     columns = list(dict.fromkeys(["case", "region", *(key for row in rows for key in row)]))
     rows = [finite(row) for row in rows]
-    with _replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([row.get(column) for column in columns] for row in rows)  # None: empty
@@ -108,7 +108,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
     """Write a summary as strict JSON: numbers that are not finite become null."""
     text = json.dumps(finite(summary), indent=2, allow_nan=False)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n")
 
 
@@ -207,7 +207,7 @@ def overlay(
                            title="R is the patient's right")  # fmt: skip
     legend.get_title().set_color("white")
     figure.suptitle(title, color="white", fontsize=14)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
@@ -242,7 +242,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         if title in ("keep ratios", "validation Dice"):
             axes.set_ylim(-0.02, 1.02)
         axes.legend(fontsize=8, ncols=1 + len(names) // 8)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -358,7 +358,7 @@ def _read_series(path: pathlib.Path) -> dict[str, dict[int, float]]:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[pathlib.Path]:
+def replacing(path: Path) -> Iterator[pathlib.Path]:
     """A temporary name beside `path` that becomes it at the end: readers never see half a file."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     report.write_summary_json(path, {"a": 1})
     with pytest.raises(TypeError):
         report.write_summary_json(path, {"a": object()})
-    with pytest.raises(RuntimeError), report._replacing(path) as temporary:
+    with pytest.raises(RuntimeError), report.replacing(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert _strict(path.read_text()) == {"a": 1}

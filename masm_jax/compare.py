@@ -1,0 +1,213 @@
+"""Compare two evaluations case by case.
+
+    python -m masm_jax.compare RUN_A RUN_B --output=OUT [--metrics=dice,hd95,nsd]
+
+RUN is a folder that ``eval.py`` has written, or a run with one in ``eval/``. For every region and
+metric: the mean of the paired differences B - A with a 95 % bootstrap interval over cases, the
+Wilcoxon signed-rank test, and how often B was better. OUT gets compare.csv, compare.json and
+compare.png. Exit codes: 0 done, 1 an error, 2 usage.
+
+One seed of each network compares two trainings, not two networks: the spread between seeds is not
+in the interval.
+"""
+
+import argparse
+import csv
+import math
+import pathlib
+import sys
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from masm_jax import runtime
+from masm_jax.evaluation import report
+
+LOWER_IS_BETTER = ("hd95",)
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+def read(run):
+    """{(case, region): {metric: float}} of an evaluation; cells without a number are left out.
+
+    Raises:
+        ValueError: no metrics.csv there.
+    """
+    run = pathlib.Path(run)
+    places = [run / "metrics.csv", run / "eval" / "metrics.csv"]
+    for path in places:
+        if path.is_file():
+            break
+    else:
+        raise ValueError(
+            f"{run}: no metrics.csv in it, nor in its folder eval; expected a folder that eval.py "
+            f"has written: python eval.py --workdir={run} --split=val --output={run / 'eval'}"
+        )
+    table = {}
+    with open(path, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if not {"case", "region"} <= row.keys():
+                raise ValueError(f"{path}: no columns case and region; expected eval.py's table")
+            values = {key: _number(text) for key, text in row.items()}
+            table[row["case"], row["region"]] = {
+                key: value for key, value in values.items() if value is not None
+            }
+    return table
+
+
+def compare(a, b, metrics, seed=0):
+    """Paired statistics of two evaluations.
+
+    Args:
+        a, b: as ``read`` gives them.
+        metrics: names of metrics.
+        seed: of the bootstrap.
+
+    Returns:
+        A list of dicts: "region", "metric", "n", "mean_a", "mean_b", "difference" (mean of B - A),
+        "low", "high" (95 % bootstrap percentiles of it; None for n < 2), "p" (Wilcoxon, two-sided;
+        None where all differences are 0), "better", "worse" (cases), "differences" (list).
+
+    Raises:
+        ValueError: no case is in both, or none has a metric.
+    """
+    shared = [key for key in a if key in b]
+    if not shared:
+        raise ValueError(
+            f"the evaluations share no case: the first has {_some(a)}, the second {_some(b)}; "
+            f"expected two evaluations of one split"
+        )
+    rows = []
+    for region in dict.fromkeys(region for _, region in shared):
+        for metric in metrics:
+            pairs = [
+                (a[key][metric], b[key][metric])
+                for key in shared
+                if key[1] == region and metric in a[key] and metric in b[key]
+            ]
+            if pairs:
+                rows.append({"region": region, "metric": metric, **_paired(pairs, metric, seed)})
+    missing = sorted(set(metrics) - {row["metric"] for row in rows})
+    if missing:
+        known = sorted({key for values in a.values() for key in values})
+        raise ValueError(f"no case has {', '.join(missing)}; the table has {', '.join(known)}")
+    return rows
+
+
+def _paired(pairs, metric, seed):
+    first, second = np.array(pairs).T
+    difference = second - first
+    low = high = p = None
+    if len(difference) > 1:
+        rng = np.random.default_rng(seed)
+        drawn = rng.integers(len(difference), size=(RESAMPLES, len(difference)))
+        tail = 100 * (1 - LEVEL) / 2
+        low, high = np.percentile(difference[drawn].mean(1), [tail, 100 - tail])
+    if difference.any():
+        p = float(stats.wilcoxon(difference).pvalue)
+    gain = -difference if metric.endswith(LOWER_IS_BETTER) else difference
+    return {
+        "n": len(difference),
+        "mean_a": float(first.mean()),
+        "mean_b": float(second.mean()),
+        "difference": float(difference.mean()),
+        "low": None if low is None else float(low),
+        "high": None if high is None else float(high),
+        "p": p,
+        "better": int((gain > 0).sum()),
+        "worse": int((gain < 0).sum()),
+        "differences": difference.tolist(),
+    }
+
+
+def plot(path, rows, names):
+    """Draw the differences of every case, their mean and its interval, a panel per metric."""
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(metrics), 4), layout="constrained")
+    for place, metric in enumerate(metrics, 1):
+        axes = figure.add_subplot(1, len(metrics), place)
+        own = [row for row in rows if row["metric"] == metric]
+        for x, row in enumerate(own):
+            spread = np.linspace(-0.18, 0.18, row["n"]) if row["n"] > 1 else np.zeros(1)
+            axes.plot(x + spread, row["differences"], "o", color="#7aa6d8", markersize=4, alpha=0.8)
+            if row["low"] is not None:
+                axes.plot([x, x], [row["low"], row["high"]], color="#c04000", linewidth=2)
+            axes.plot([x], [row["difference"]], "D", color="#c04000")
+        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.set_xticks(range(len(own)), [row["region"] for row in own])
+        better = "down" if metric.endswith(LOWER_IS_BETTER) else "up"
+        axes.set_title(f"{metric}: difference per case ({better} = second better)", fontsize=9)
+    figure.suptitle(f"{names[1]} - {names[0]}; diamond: mean, bar: 95 % bootstrap", fontsize=10)
+    with report.replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=100)
+
+
+def table(rows):
+    """The statistics as text."""
+    heads = ("region", 6), ("metric", 10), ("n", 4), ("A", 7), ("B", 7), ("B - A", 7), ("95 %", 20)
+    lines = ["  ".join([*(name.ljust(width) for name, width in heads), "p       +/-"])]
+    for row in rows:
+        interval = "-" if row["low"] is None else f"[{row['low']:+.3f}, {row['high']:+.3f}]"
+        p = "-" if row["p"] is None else f"{row['p']:.3f}"
+        lines.append(
+            f"{row['region']:<6}  {row['metric']:<10}  {row['n']:<4}  {row['mean_a']:<7.3f}  "
+            f"{row['mean_b']:<7.3f}  {row['difference']:<+7.3f}  {interval:<20}  {p:<6}  "
+            f"{row['better']}/{row['worse']}"
+        )
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Arguments in, exit code out; an error is one readable line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m masm_jax.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_a", metavar="RUN_A")
+    parser.add_argument("run_b", metavar="RUN_B")
+    parser.add_argument("--output", required=True, help="folder for compare.csv, .json and .png")
+    parser.add_argument("--metrics", default="dice,hd95,nsd", help="columns of metrics.csv")
+    arguments = parser.parse_args(argv)
+    names = (arguments.run_a, arguments.run_b)
+    try:
+        a, b = (read(name) for name in names)
+        rows = compare(a, b, [name.strip() for name in arguments.metrics.split(",")])
+    except (ValueError, OSError) as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return runtime.EXIT_ERROR
+    output = pathlib.Path(arguments.output)
+    report.write_metrics_csv(
+        output / "compare.csv",
+        [{"case": "all", **{k: v for k, v in row.items() if k != "differences"}} for row in rows],
+    )
+    report.write_summary_json(output / "compare.json", {"a": names[0], "b": names[1], "rows": rows})
+    plot(output / "compare.png", rows, names)
+    print(f"A = {names[0]}\nB = {names[1]}")
+    print(table(rows))
+    alone = len({case for case, _ in a} ^ {case for case, _ in b})
+    if alone:
+        print(f"{alone} cases are in one of the two alone; left out")
+    if max(row["n"] for row in rows) < 6:
+        print("fewer than 6 cases: Wilcoxon's p cannot fall below 0.05, whatever the difference")
+    print(f"{output}: compare.csv, compare.json, compare.png")
+    return 0
+
+
+def _number(text):
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _some(table):
+    cases = sorted({case for case, _ in table})
+    return ", ".join(cases[:3]) + (" ..." if len(cases) > 3 else "") if cases else "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
