@@ -1,31 +1,43 @@
 """Segment scans with a trained run.
 
 python -m masm_jax.predict --workdir=RUN --input=CASE_OR_ROOT --output=OUT
+python -m masm_jax.predict --workdir=RUN --t1=A --t1ce=B --t2=C --flair=D --output=OUT
 
-Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, and
-OUT/CASE.png to look at. Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed
-(listed).
+Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, OUT/CASE.png
+to look at, and OUT/CASE.json with volumes and how they were made. Exit codes: 0 done, 1 an error, 2
+usage, 3 done but some cases failed (listed).
 """
 
 import argparse
 import logging
+import os
 import pathlib
+import re
 import sys
 import time
 
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
-from masm_jax.data import nifti, preprocess
+from masm_jax.data import conventions, nifti, preprocess
 from masm_jax.evaluation import report
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import in_scan, load_run
 
+# What is left of a region where the ones inside it are painted over.
+_WORDS = {"WT": "oedema", "TC": "necrosis and non-enhancing core", "ET": "enhancing tumour"}
 _log = logging.getLogger("masm_jax.predict")  # run as a module, __name__ is "__main__"
 
 
 def main(argv=None):
     """Flags in, exit code out."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    missing = [name for name in conventions.MODALITIES if not getattr(args, name)]
+    if args.input is None and missing:
+        four = " ".join(f"--{name}" for name in conventions.MODALITIES)
+        parser.error(f"expected --input, or all of {four}; missing: {' '.join(missing)}")
+    if args.input is not None and len(missing) < len(conventions.MODALITIES):
+        parser.error("--input and files by modality are both given; leave out one")
     runtime.start()
     try:
         return _predict(args)
@@ -39,18 +51,22 @@ def _parser():
         prog="python -m masm_jax.predict", description="Segment scans with a trained run."
     )
     parser.add_argument("--workdir", required=True, help="folder of the run (train.py --workdir)")
-    parser.add_argument("--input", required=True, help="a case folder, or a folder of many")
+    parser.add_argument("--input", help="a case folder, or a folder of many")
+    for modality in conventions.MODALITIES:
+        parser.add_argument(f"--{modality}", metavar="FILE", help="one patient, instead of --input")
+    parser.add_argument("--case", help="name of that patient's files (default: of the --t1 file)")
     parser.add_argument("--output", required=True, help="folder for the label files")
     parser.add_argument("--labels", help="label scheme to write, where the names leave it open")
     parser.add_argument("--description", help="description file of another data set (docs/data.md)")
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest")
+    parser.add_argument(
+        "--probabilities", action="store_true", help="also write OUT/CASE_REGION.nii.gz, 0 to 1"
+    )
     return parser
 
 
 def _predict(args):
-    cases, problems = cases_lib.find_cases(
-        args.input, labels=args.labels, description=args.description
-    )
+    cases, problems = _cases(args)
     segmenter, meta = load_run(args.workdir, which=args.checkpoint)
     failed = {problem.case: str(problem) for problem in problems}
     for number, case in enumerate(cases, 1):
@@ -62,7 +78,7 @@ def _predict(args):
                     f"modalities {', '.join(found)}; the run was trained on "
                     f"{', '.join(segmenter.network.modalities)}"
                 )
-            volumes = _one(segmenter, case, meta, pathlib.Path(args.output))
+            volumes = _one(segmenter, case, meta, args)
         except (ValueError, OSError) as error:
             failed[case.id] = str(error)
             _log.error("%s failed: %s", case.id, error)
@@ -82,8 +98,28 @@ def _predict(args):
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
-def _one(segmenter, case, run, output):
+def _cases(args):
+    """The cases below --input, or the one that the four flags name; and what is wrong with them."""
+    files = {modality: getattr(args, modality) for modality in conventions.MODALITIES}
+    given = {modality: pathlib.Path(file) for modality, file in files.items() if file}
+    if not given:
+        return cases_lib.find_cases(args.input, labels=args.labels, description=args.description)
+    for modality, file in given.items():
+        if not file.is_file():
+            raise ValueError(f"--{modality}={file}: no such file; correct the path")
+    if len(set(map(os.path.realpath, given.values()))) < len(given):
+        raise ValueError("one file is given for two modalities; each modality needs its own")
+    name = args.case or re.sub(r"\.nii(\.gz)?$", "", given["t1"].name)
+    scheme = args.labels or "brats2023"
+    if not args.labels:
+        _log.info("labels as in BraTS 2023: 1 = core, 2 = oedema, 3 = enhancing; --labels chooses")
+    convention = conventions.with_labels(conventions.BUILT_IN["brats2023"], scheme)
+    return [cases_lib.Case(name, tuple(given.values()), None, convention)], []
+
+
+def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
+    output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
     threshold = segmenter.network.config.infer.threshold
     regions = segmenter.network.regions
@@ -102,6 +138,22 @@ def _one(segmenter, case, run, output):
         name: float(sum((internal == value).sum() for value in values)) * millilitres / 1000
         for name, values in regions.items()
     }
+    if args.probabilities:
+        restored = preprocess.restore(probabilities, record.meta)
+        for name, map_ in zip(regions, restored):
+            nifti.write_map(output / f"{case.id}_{name}.nii.gz", map_, like=case.images[0])
+    summary = {
+        "case": case.id,
+        "volumes_ml": volumes,
+        "files": record.meta["files"],
+        "labels": {value: _WORDS.get(name, name) for name, value in record.meta["paint"].items()},
+        "run": str(args.workdir),
+        "step": run["step"],
+        "threshold": threshold,
+        "seconds": round(time.perf_counter() - began, 1),
+        "notice": "research software, not a medical device",
+    }
+    report.write_summary_json(output / f"{case.id}.json", summary)
     report.overlay(
         output / f"{case.id}.png",
         record.image,

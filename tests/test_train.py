@@ -255,7 +255,7 @@ def test_missing_records_are_one_readable_line(train, tmp_path):
     [
         (("train.py", *FLAGS, "--workdir=w", "--config.modle.size=tiny"), "config key: modle"),
         (("eval.py", "--workdir=w", "--outptu=o"), "unknown command line flag 'outptu'"),
-        (("-m", "masm_jax.predict", "--workdir=w"), "required: --input, --output"),
+        (("-m", "masm_jax.predict", "--workdir=w"), "required: --output"),
     ],
 )
 def test_mistyped_flags_are_usage_errors(command, words, message):
@@ -358,4 +358,32 @@ def test_a_broken_case_does_not_stop_the_others(straight, phantoms, command, tmp
     assert f"{CASES[1]}_t2.nii.gz" in said.stderr and CASES[2] in failed[0] + failed[1]
     assert_overlays(tmp_path / "out" / f"{CASES[3]}.nii.gz", phantoms, CASES[3])
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == [f"{CASES[3]}.nii.gz", f"{CASES[3]}.png"]
+    assert written == [f"{CASES[3]}.json", f"{CASES[3]}.nii.gz", f"{CASES[3]}.png"]
+
+
+def test_one_patient_by_four_files(straight, phantoms, command, evaluated, tmp_path):
+    """Names that say nothing; the same voxels as from the folder, in labels of BraTS 2023."""
+    case, files = CASES[3], []
+    for number, modality in enumerate(("t1", "t1ce", "t2", "flair")):
+        path = tmp_path / f"scan {number}.nii.gz"
+        shutil.copy(phantoms / case / f"{case}_{modality}.nii.gz", path)
+        files.append(f"--{modality}={path}")
+    output = tmp_path / "out"
+    flags = (f"--workdir={straight}", *files, f"--output={output}", "--case=me", "--probabilities")
+    said = command("-m", "masm_jax.predict", *flags)
+    assert "labels as in BraTS 2023" in said.stderr
+    labels = np.asarray(nib.load(output / "me.nii.gz").dataobj)
+    written = np.asarray(nib.load(evaluated / "predictions" / f"{case}.nii.gz").dataobj)
+    np.testing.assert_array_equal(labels, np.where(written == 4, 3, written))
+    summary = json.loads((output / "me.json").read_text())
+    voxel_ml = np.prod(nib.load(output / "me.nii.gz").header.get_zooms()) / 1000
+    assert summary["volumes_ml"]["WT"] == pytest.approx((labels > 0).sum() * voxel_ml, rel=1e-5)
+    assert summary["volumes_ml"]["ET"] == pytest.approx((labels == 3).sum() * voxel_ml, rel=1e-5)
+    probability = np.asarray(nib.load(output / "me_WT.nii.gz").dataobj)
+    assert 0 <= probability.min() and probability.max() <= 1
+    np.testing.assert_array_equal(probability >= 0.5, labels > 0)
+
+    said = command("-m", "masm_jax.predict", *flags[:4], f"--output={output}", code=2)
+    assert "missing: flair" in said.stderr
+    twice = (*flags[:4], f"--flair={tmp_path / 'scan 0.nii.gz'}", f"--output={output}")
+    assert "one file is given for two" in command("-m", "masm_jax.predict", *twice, code=1).stderr

@@ -136,10 +136,19 @@ def write_labels(path: Path | str, labels: np.ndarray, like: Path | str | np.nda
     Raises:
         ValueError: The labels do not fit the grid, or ``like`` cannot be read.
     """
+    _write(path, np.asarray(labels, np.uint8), like)
+
+
+def write_map(path: Path | str, values: np.ndarray, like: Path | str | np.ndarray) -> None:
+    """Writes (I, J, K) numbers, such as probabilities, as float32; else as ``write_labels``."""
+    _write(path, np.asarray(values, np.float32), like)
+
+
+def _write(path: Path | str, values: np.ndarray, like: Path | str | np.ndarray) -> None:
     path = Path(path)
     try:
         if isinstance(like, np.ndarray):
-            source = nib.Nifti1Image(np.zeros(labels.shape, np.uint8), like)
+            source = nib.Nifti1Image(np.zeros(values.shape, np.uint8), like)
             source.set_qform(like, code=1)
             source.set_sform(like, code=1)
             source.header.set_xyzt_units("mm")
@@ -147,13 +156,13 @@ def write_labels(path: Path | str, labels: np.ndarray, like: Path | str | np.nda
             source = nib.load(like)
     except (FileNotFoundError, nib.filebasedimages.ImageFileError) as error:
         raise ValueError(f"{like}: cannot be read ({error}); its geometry is needed") from error
-    if tuple(source.shape[:3]) != labels.shape:
-        raise ValueError(f"{path}: labels {labels.shape} do not fit {like} of {source.shape[:3]}")
+    if tuple(source.shape[:3]) != values.shape:
+        raise ValueError(f"{path}: labels {values.shape} do not fit {like} of {source.shape[:3]}")
     header = source.header.copy()
-    header.set_data_shape(labels.shape)
-    header.set_data_dtype(np.uint8)
+    header.set_data_shape(values.shape)
+    header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the image, not of labels
-    image = type(source)(np.asarray(labels, np.uint8), source.affine, header)
+    image = type(source)(values, source.affine, header)
     image.header["pixdim"][4:] = source.header["pixdim"][4:]  # nibabel writes 1 where none is meant
     data = image.to_bytes()
     if path.name.endswith(".gz"):
