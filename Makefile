@@ -88,7 +88,7 @@ demo: demo-records
 	echo "  demo/phantoms          the simulated patients, as NIfTI in the layout of BraTS 2021"; \
 	echo "  demo/records           the same, prepared for training"; \
 	echo "  demo/masm              the run: config.json, metrics.jsonl, curves.png, checkpoints/"; \
-	echo "  demo/eval              metrics.csv, summary.json, predictions/ (NIfTI), overlays/ (PNG)"; \
+	echo "  demo/eval              metrics.csv, lesions.csv, summary.json, predictions/ (NIfTI), overlays/ (PNG)"; \
 	echo "next: make demo-compare   the same budget without mixers"
 
 demo-records: venv

@@ -11,8 +11,9 @@ from configs import masm_laptop
 def get_config():
     """masm_laptop on phantoms of 3 mm, where a smaller crop holds most of a brain."""
     config = masm_laptop.get_config()
-    config.total_steps = 900
+    config.total_steps = 1100
     config.patch = 48
+    config.augment = "swin"  # the phantoms come with shading of their own
     config.data.records = "demo/records"
     config.data.spacing = 0.0  # of the scans
     config.data.split = "holdout:" + ",".join(f"Phantom_{i:05d}" for i in range(32, 40))
