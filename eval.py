@@ -24,7 +24,7 @@ from masm_jax.data import conventions, nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import metrics, report
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import in_scan, load_run
+from masm_jax.inference.volume import decoding, in_scan, load_run
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
@@ -129,13 +129,13 @@ def _one(segmenter, records, case, reference, output):
     """Segment, write, compare: scores, the grid compared in, labels in the record's grid."""
     meta = records.meta(case)
     network = segmenter.network
-    threshold = network.config.infer.threshold
+    rules = decoding(network.config)
     probabilities = segmenter.probabilities(records.image(case))
-    internal, written = in_scan(probabilities, meta, threshold=threshold)
+    internal, written = in_scan(probabilities, meta, **rules)
     scan = pathlib.Path(next(iter(meta["files"].values())))
     path = output / "predictions" / f"{case}.nii.gz"
     nifti.write_labels(path, written, like=scan if scan.is_file() else np.array(meta["affine"]))
-    drawn = postprocess.decode(probabilities, regions=network.regions, threshold=threshold)
+    drawn = postprocess.decode(probabilities, regions=network.regions, **rules)
     wanted = network.config.evaluation
     asked = {"regions": network.regions, "tolerance": wanted.tolerance, "styles": wanted.styles}
 

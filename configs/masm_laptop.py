@@ -31,4 +31,5 @@ def get_config():
     config.log.volume_every = 0
     config.log.checkpoint_every = 100
     config.infer.batch = 1
+    config.infer.largest_component = True  # few training cases: false lesions (docs/results.md)
     return config

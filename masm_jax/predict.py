@@ -21,7 +21,7 @@ from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess
 from masm_jax.evaluation import report
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import in_scan, load_run
+from masm_jax.inference.volume import decoding, in_scan, load_run
 
 # What is left of a region where the ones inside it are painted over.
 _WORDS = {"WT": "oedema", "TC": "necrosis and non-enhancing core", "ET": "enhancing tumour"}
@@ -121,16 +121,16 @@ def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
-    threshold = segmenter.network.config.infer.threshold
+    rules = decoding(segmenter.network.config)
     regions = segmenter.network.regions
 
     def progress(done, tiles):
         _log.info("%s: %d of %d tiles", case.id, done, tiles)
 
     probabilities = segmenter.probabilities(record.image, progress)
-    internal, written = in_scan(probabilities, record.meta, threshold=threshold)
+    internal, written = in_scan(probabilities, record.meta, **rules)
     nifti.write_labels(output / f"{case.id}.nii.gz", written, like=case.images[0])
-    drawn = postprocess.decode(probabilities, regions=regions, threshold=threshold)
+    drawn = postprocess.decode(probabilities, regions=regions, **rules)
     millilitres = 1.0
     for edge in record.meta["spacing"]:
         millilitres *= edge
@@ -149,7 +149,7 @@ def _one(segmenter, case, run, args):
         "labels": {value: _WORDS.get(name, name) for name, value in record.meta["paint"].items()},
         "run": str(args.workdir),
         "step": run["step"],
-        "threshold": threshold,
+        "rules": rules,
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }

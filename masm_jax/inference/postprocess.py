@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import cc3d
 import numpy as np
 
 from masm_jax.data.conventions import REGIONS
@@ -13,6 +14,7 @@ def decode(
     *,
     regions: Mapping[str, Sequence[int]] = REGIONS,
     threshold: float = 0.5,
+    largest: bool = False,
 ) -> np.ndarray:
     """Threshold each region and paint the regions over each other, outer to inner.
 
@@ -27,6 +29,8 @@ def decode(
             first of its values that no later region has (WT 2, TC 1, ET 3).
         regions: region -> internal values, ordered outer to inner.
         threshold: a voxel is in a region where its probability is above it.
+        largest: of the first region keep the largest connected component alone (26 neighbours, 3-D
+            grids), and with it what is nested inside. Right for one lesion, wrong for metastases.
 
     Returns:
         (...) uint8 labels, 0 where no region is.
@@ -52,6 +56,8 @@ def decode(
                 "the input image are not finite, use an earlier checkpoint or check the scan"
             )
         mask = probabilities[index] > threshold
+        if largest and index == 0 and mask.any():
+            mask = cc3d.largest_k(mask, k=1, connectivity=26) > 0
         for outer in present:
             if set(regions[name]) < set(regions[outer]):
                 mask &= present[outer]

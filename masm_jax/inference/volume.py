@@ -87,7 +87,12 @@ def load_run(workdir, *, which="latest", mesh=None):
     return Segmenter(network, state["ema"], mesh), meta
 
 
-def in_scan(probabilities, meta, *, threshold):
+def decoding(config):
+    """The rules of a config for ``postprocess.decode`` and ``in_scan``, as keywords."""
+    return {"threshold": config.infer.threshold, "largest": config.infer.largest_component}
+
+
+def in_scan(probabilities, meta, **rules):
     """Probabilities in the grid of a record -> labels in the grid of its scan.
 
     Probabilities are resampled, then thresholded; the regions are decoded nested (ET in TC in WT).
@@ -95,13 +100,13 @@ def in_scan(probabilities, meta, *, threshold):
     Args:
       probabilities: (R, d, h, w) float32.
       meta: of the record (data/preprocess.py).
-      threshold: per region.
+      **rules: of ``postprocess.decode``, as ``decoding`` gives them.
 
     Returns:
       (I, J, K) uint8 internal labels, and (I, J, K) uint8 labels in the convention of the scan.
     """
     restored = preprocess.restore(probabilities, meta)
     regions = {name: tuple(values) for name, values in meta["regions"].items()}
-    internal = postprocess.decode(restored, regions=regions, threshold=threshold)
+    internal = postprocess.decode(restored, regions=regions, **rules)
     paint = meta["paint"]
-    return internal, postprocess.decode(restored, paint, regions=regions, threshold=threshold)
+    return internal, postprocess.decode(restored, paint, regions=regions, **rules)

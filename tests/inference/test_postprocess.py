@@ -78,3 +78,16 @@ def test_what_does_not_fit_is_refused():
     three[1, 0] = np.nan
     with pytest.raises(ValueError, match="TC hold NaN"):
         decode(three)
+
+
+def test_largest_keeps_one_lesion_and_what_is_inside_it():
+    """A diagonal chain is one component of 26 neighbours; the smaller lesion goes, core and all."""
+    probabilities = np.zeros((3, 12, 12, 12), np.float32)
+    probabilities[0, range(8), range(8), range(8)] = 1
+    probabilities[:, 10:12, 10:12, 0] = 1  # four voxels, all enhancing
+    probabilities[1, 3, 3, 3] = 1
+    labels = decode(probabilities, largest=True)
+    assert labels[10:, 10:].sum() == 0
+    assert labels[3, 3, 3] == 1 and (labels > 0).sum() == 8
+    assert (decode(probabilities) > 0).sum() == 12
+    np.testing.assert_array_equal(decode(np.zeros((3, 4, 4, 4)), largest=True), 0)
