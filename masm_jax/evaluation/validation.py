@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from masm_jax import sharding
-from masm_jax.data.conventions import region_masks
 from masm_jax.data.pipeline import batches
 from masm_jax.evaluation.metrics import evaluate
+from masm_jax.inference.postprocess import decode
+from masm_jax.inference.volume import decoding
 
 
 def validation_crops(config, records, cases):
@@ -46,14 +47,14 @@ def pseudo_dice(step, params, crops, mesh, regions):
 def volume_dice(segmenter, records, cases):
     """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}."""
     regions = segmenter.network.regions
-    threshold = segmenter.network.config.infer.threshold
+    rules = decoding(segmenter.network.config)
     scores = {name: [] for name in regions}
     for case in cases:
-        probability = segmenter.probabilities(records.image(case))
-        predicted = dict(zip(regions, probability > threshold))
-        reference = dict(zip(regions, region_masks(np.asarray(records.label(case)), regions)))
+        probabilities = segmenter.probabilities(records.image(case))
+        predicted = decode(probabilities, regions=regions, **rules)
+        reference = np.asarray(records.label(case))
         spacing = records.meta(case)["record_spacing"]
-        for name, values in evaluate(predicted, reference, spacing).items():
+        for name, values in evaluate(predicted, reference, spacing, regions=regions).items():
             scores[name].append(values["dice"])
     means = {f"volume/dice/{name}": float(np.mean(values)) for name, values in scores.items()}
     return means | {"volume/dice": float(np.mean(list(means.values())))}

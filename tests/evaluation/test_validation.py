@@ -57,7 +57,8 @@ class Oracle:
     """Knows the labels, but misses one voxel of every region of the case B."""
 
     def __init__(self):
-        config = types.SimpleNamespace(infer=types.SimpleNamespace(threshold=0.5))
+        infer = types.SimpleNamespace(threshold=0.5, largest_component=False)
+        config = types.SimpleNamespace(infer=infer)
         self.network = types.SimpleNamespace(regions=REGIONS, config=config)
 
     def probabilities(self, image):
