@@ -129,13 +129,13 @@ def _one(segmenter, records, case, reference, output):
     """Segment, write, compare: scores, the grid compared in, labels in the record's grid."""
     meta = records.meta(case)
     network = segmenter.network
-    rules = decoding(network.config)
+    rules, small = (decoding(network.config, meta[k]) for k in ("spacing", "record_spacing"))
     probabilities = segmenter.probabilities(records.image(case))
     internal, written = in_scan(probabilities, meta, **rules)
     scan = pathlib.Path(next(iter(meta["files"].values())))
     path = output / "predictions" / f"{case}.nii.gz"
     nifti.write_labels(path, written, like=scan if scan.is_file() else np.array(meta["affine"]))
-    drawn = postprocess.decode(probabilities, regions=network.regions, **rules)
+    drawn = postprocess.decode(probabilities, regions=network.regions, **small)
     wanted = network.config.evaluation
     asked = {"regions": network.regions, "tolerance": wanted.tolerance, "styles": wanted.styles}
 

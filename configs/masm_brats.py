@@ -75,6 +75,7 @@ def get_config():
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
     infer.threshold = 0.5  # on the probability of every region
     infer.largest_component = False  # of the whole tumour keep the largest part alone
+    infer.minimum_ml = 0.0  # enhancing tumour smaller than this becomes core
 
     config.evaluation = evaluation = ml_collections.ConfigDict()
     evaluation.tolerance = 1.0  # mm, of the normalised surface Dice

@@ -14,6 +14,7 @@ def get_config():
     config.total_steps = 1100
     config.patch = 48
     config.augment = "swin"  # the phantoms come with shading of their own
+    config.infer.minimum_ml = 8.0  # the training phantoms have no enhancing tumour, or over 10 ml
     config.data.records = "demo/records"
     config.data.spacing = 0.0  # of the scans
     config.data.split = "holdout:" + ",".join(f"Phantom_{i:05d}" for i in range(32, 40))

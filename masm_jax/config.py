@@ -52,6 +52,7 @@ def validate(config):
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
     check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
     check(0 < config.infer.threshold < 1, "infer.threshold", config.infer.threshold, "in (0, 1)")
+    check(config.infer.minimum_ml >= 0, "infer.minimum_ml", config.infer.minimum_ml, "0 or more")
     check(
         set(config.infer.flips) <= {0, 1, 2},
         "infer.flips",

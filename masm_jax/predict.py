@@ -121,7 +121,8 @@ def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
-    rules = decoding(segmenter.network.config)
+    config = segmenter.network.config
+    rules = decoding(config, record.meta["spacing"])
     regions = segmenter.network.regions
 
     def progress(done, tiles):
@@ -130,7 +131,9 @@ def _one(segmenter, case, run, args):
     probabilities = segmenter.probabilities(record.image, progress)
     internal, written = in_scan(probabilities, record.meta, **rules)
     nifti.write_labels(output / f"{case.id}.nii.gz", written, like=case.images[0])
-    drawn = postprocess.decode(probabilities, regions=regions, **rules)
+    drawn = postprocess.decode(
+        probabilities, regions=regions, **decoding(config, record.meta["record_spacing"])
+    )
     millilitres = 1.0
     for edge in record.meta["spacing"]:
         millilitres *= edge

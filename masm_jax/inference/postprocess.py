@@ -15,6 +15,7 @@ def decode(
     regions: Mapping[str, Sequence[int]] = REGIONS,
     threshold: float = 0.5,
     largest: bool = False,
+    minimum: int = 0,
 ) -> np.ndarray:
     """Threshold each region and paint the regions over each other, outer to inner.
 
@@ -31,6 +32,8 @@ def decode(
         threshold: a voxel is in a region where its probability is above it.
         largest: of the first region keep the largest connected component alone (26 neighbours, 3-D
             grids), and with it what is nested inside. Right for one lesion, wrong for metastases.
+        minimum: voxels; the last region, where smaller, becomes what surrounds it (in BraTS: ET
+            becomes core; a false alarm scores 0, a handful of voxels gains nothing).
 
     Returns:
         (...) uint8 labels, 0 where no region is.
@@ -61,6 +64,8 @@ def decode(
         for outer in present:
             if set(regions[name]) < set(regions[outer]):
                 mask &= present[outer]
+        if index == len(names) - 1 and mask.sum() < minimum:
+            mask[:] = False
         present[name] = mask
         labels[mask] = values[index]
     return labels

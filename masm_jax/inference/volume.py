@@ -87,9 +87,14 @@ def load_run(workdir, *, which="latest", mesh=None):
     return Segmenter(network, state["ema"], mesh), meta
 
 
-def decoding(config):
-    """The rules of a config for ``postprocess.decode`` and ``in_scan``, as keywords."""
-    return {"threshold": config.infer.threshold, "largest": config.infer.largest_component}
+def decoding(config, spacing):
+    """The rules of a config as keywords of ``postprocess.decode``, on a grid of ``spacing`` mm."""
+    infer = config.infer
+    return {
+        "threshold": infer.threshold,
+        "largest": infer.largest_component,
+        "minimum": int(np.ceil(1000 * infer.minimum_ml / np.prod(spacing))),
+    }
 
 
 def in_scan(probabilities, meta, **rules):

@@ -91,3 +91,12 @@ def test_largest_keeps_one_lesion_and_what_is_inside_it():
     assert labels[3, 3, 3] == 1 and (labels > 0).sum() == 8
     assert (decode(probabilities) > 0).sum() == 12
     np.testing.assert_array_equal(decode(np.zeros((3, 4, 4, 4)), largest=True), 0)
+
+
+def test_a_last_region_below_the_minimum_becomes_what_surrounds_it():
+    probabilities = np.zeros((3, 6, 6, 6), np.float32)
+    probabilities[:2, :3] = 1
+    probabilities[2, 0, 0, :5] = 1
+    assert (decode(probabilities, minimum=5) == 3).sum() == 5
+    labels = decode(probabilities, minimum=6)
+    assert (labels == 3).sum() == 0 and (labels == 1).sum() == 3 * 36

@@ -8,12 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from configs import masm_brats
 from masm_jax import sharding
 from masm_jax.checkpoint import Checkpoints
 from masm_jax.data import cases, nifti, preprocess
 from masm_jax.data.conventions import REGIONS, region_masks
 from masm_jax.data.pipeline import Crop
-from masm_jax.inference.volume import Segmenter, in_scan, load_run
+from masm_jax.inference.volume import Segmenter, decoding, in_scan, load_run
 
 SHAPE = (12, 15, 10)
 AFFINES = {
@@ -191,3 +192,13 @@ def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_confi
         for leaf in jax.tree.leaves(segmenter._params):
             assert float(leaf.min()) == float(leaf.max()) == step
             assert len(leaf.sharding.device_set) == len(jax.devices())
+
+
+def test_the_minimum_is_a_volume():
+    """0.05 ml of voxels of 8 mm3 are 6.25: six are too few, seven are enough."""
+    config = masm_brats.get_config()
+    config.infer.minimum_ml = 0.05
+    assert decoding(config, (2.0, 2.0, 2.0))["minimum"] == 7
+    assert decoding(config, (1.0, 1.0, 1.0))["minimum"] == 50
+    config.infer.minimum_ml = 0.0
+    assert decoding(config, (2.0, 2.0, 2.0))["minimum"] == 0
