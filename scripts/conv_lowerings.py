@@ -1,6 +1,6 @@
 """Times the lowerings of the 3-D convolution on this machine: the table in docs/results.md.
 
-    python scripts/conv_lowerings.py
+    python -m scripts.conv_lowerings
 
 Forward and backward, float32, 3x3x3, in alternating order; median ms of ROUNDS and GFLOP/s.
 """

@@ -7,8 +7,8 @@ One function, ``conv``, one result; three ways to compute it:
               TPU the large folded batch goes into the lanes, so few channels are not padded to
               128.
 * ``stacked`` the depth neighbours side by side in the channels, then one 2-D convolution. On CPU it
-              runs forward and backward 1.2 to 1.5 times faster than ``taps`` and 3 to 6 times
-              faster than ``direct``, for three times the input's memory (docs/decisions.md).
+              runs forward and backward 2.5 to 3.6 times faster than ``direct`` and about as fast as
+              ``taps``, for three times the input's memory (docs/decisions.md).
 """
 
 import jax
