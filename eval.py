@@ -22,7 +22,7 @@ from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import metrics, report
+from masm_jax.evaluation import metrics, pictures, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import decoding, in_scan, load_run
 
@@ -75,7 +75,7 @@ def evaluate(workdir, output):
 
     # ---------------------------------------------------------------- tables
     if rows:
-        summary = report.summarise(rows)
+        summary = tables.summarise(rows)
         summary |= {
             "run": str(workdir),
             "step": meta["step"],
@@ -83,10 +83,10 @@ def evaluate(workdir, output):
             "grid": sorted(set(grids.values())),
             "failed": failed,
         }
-        report.write_metrics_csv(output / "metrics.csv", rows)
-        report.write_metrics_csv(output / "lesions.csv", lesions)
-        report.write_summary_json(output / "summary.json", summary)
-        print(report.format_table(summary))
+        tables.write_metrics_csv(output / "metrics.csv", rows)
+        tables.write_metrics_csv(output / "lesions.csv", lesions)
+        tables.write_summary_json(output / "summary.json", summary)
+        print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
         print(f"{output}: metrics.csv, lesions.csv, summary.json, predictions/, overlays/")
     for case, reason in failed.items():
@@ -159,7 +159,7 @@ def _one(segmenter, records, case, reference, output):
 def _draw(records, case, drawn, scores, output):
     (output / "overlays").mkdir(exist_ok=True)
     meta = records.meta(case)
-    report.overlay(
+    pictures.overlay(
         output / "overlays" / f"{case}.png",
         np.asarray(records.image(case)),
         drawn,

@@ -22,7 +22,7 @@ from masm_jax import checkpoint, runtime, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import report, validation
+from masm_jax.evaluation import pictures, validation
 from masm_jax.inference.volume import Segmenter
 from masm_jax.metric_log import MetricLog, NonFinite
 from masm_jax.state import Network, abstract_state, init_state, num_parameters
@@ -157,7 +157,7 @@ def train(config, workdir):
     checkpoints.close()
     metrics.flush()
     metrics.close()
-    report.curves(workdir / "curves.png", workdir / "metrics.jsonl")
+    pictures.curves(workdir / "curves.png", workdir / "metrics.jsonl")
     if stopped:
         log.info("saved step %d in %s; the same command goes on", step, checkpoints.folder)
         return runtime.EXIT_STOPPED

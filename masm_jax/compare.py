@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from masm_jax import runtime
-from masm_jax.evaluation import report
+from masm_jax.evaluation import tables
+from masm_jax.files import replacing
 
 LOWER_IS_BETTER = ("hd95",)
 RESAMPLES = 10_000
@@ -140,7 +141,7 @@ def plot(path, rows, names):
         better = "down" if metric.endswith(LOWER_IS_BETTER) else "up"
         axes.set_title(f"{metric}: difference per case ({better} = second better)", fontsize=9)
     figure.suptitle(f"{names[1]} - {names[0]}; diamond: mean, bar: 95 % bootstrap", fontsize=10)
-    with report.replacing(path) as temporary:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
 
 
@@ -179,11 +180,11 @@ def main(argv=None):
         print(f"compare: {error}", file=sys.stderr)
         return runtime.EXIT_ERROR
     output = pathlib.Path(arguments.output)
-    report.write_metrics_csv(
+    tables.write_metrics_csv(
         output / "compare.csv",
         [{"case": "all", **{k: v for k, v in row.items() if k != "differences"}} for row in rows],
     )
-    report.write_summary_json(output / "compare.json", {"a": names[0], "b": names[1], "rows": rows})
+    tables.write_summary_json(output / "compare.json", {"a": names[0], "b": names[1], "rows": rows})
     plot(output / "compare.png", rows, names)
     print(f"A = {names[0]}\nB = {names[1]}")
     print(table(rows))

@@ -1,12 +1,12 @@
 """Checks on a config, all of them, once: value, expectation, fix. And its way to JSON and back."""
 
 import json
-import os
 import pathlib
 
 import ml_collections
 
 from masm_jax.evaluation.lesions import STYLES
+from masm_jax.files import replacing
 from masm_jax.models.masm import MIXERS, SIZES, divisor
 from masm_jax.models.mosaic import offsets
 
@@ -47,6 +47,7 @@ def validate(config):
         check(model[key] >= 1, f"model.{key}", model[key], "1 or more")
     for key in ("learning_rate", "clip_norm"):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
+    check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
@@ -147,24 +148,33 @@ def differences(old, new):
 
 def save(config, workdir):
     """Write WORKDIR/config.json, atomically."""
-    path = pathlib.Path(workdir) / "config.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    os.replace(temporary, path)
+    with replacing(pathlib.Path(workdir) / "config.json") as temporary:
+        temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(workdir):
     """Read WORKDIR/config.json into a locked ConfigDict.
 
     Raises:
-      ValueError: there is none: not the folder of a run.
+      ValueError: there is none (not the folder of a run), it cannot be read, or a key is missing or
+        out of range.
     """
     path = pathlib.Path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: --workdir must be a folder that train.py has written"
         )
-    return ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+    try:
+        config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        validate(config)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(
+            f"{path} lacks a key ({error}): written by another version of this? Add it with "
+            f"its value from configs/masm_brats.py, or use the version that trained the run"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return config
 
 
 def _flat(tree, prefix=""):

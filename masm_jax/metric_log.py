@@ -8,12 +8,13 @@ import collections
 import json
 import logging
 import math
-import os
 import pathlib
 import time
 
 import jax
 from tensorboardX import SummaryWriter
+
+from masm_jax.files import replacing
 
 _log = logging.getLogger(__name__)
 
@@ -148,9 +149,8 @@ class MetricLog:
             return
         lines = self._path.read_text().splitlines()
         kept = [line for line in lines if _step(line) <= start_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        os.replace(temporary, self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
 
 
 def _step(line):

@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from masm_jax.data.simulate import VERSION, Phantom, simulate
+from masm_jax.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -122,9 +123,8 @@ def _claim(root: pathlib.Path, *, spacing: float, seed: int) -> None:
                 "written by this command; choose another --output"
             )
         root.mkdir(parents=True, exist_ok=True)
-        temporary = root / f".{DESCRIPTION}.tmp"
-        temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-        temporary.rename(path)
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         return
     try:
         found = dict(json.loads(path.read_text()))

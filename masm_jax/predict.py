@@ -19,7 +19,7 @@ import time
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess
-from masm_jax.evaluation import report
+from masm_jax.evaluation import pictures, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import decoding, in_scan, load_run
 
@@ -156,8 +156,8 @@ def _one(segmenter, case, run, args):
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }
-    report.write_summary_json(output / f"{case.id}.json", summary)
-    report.overlay(
+    tables.write_summary_json(output / f"{case.id}.json", summary)
+    pictures.overlay(
         output / f"{case.id}.png",
         record.image,
         drawn,

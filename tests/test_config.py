@@ -218,6 +218,21 @@ def test_a_folder_that_is_no_run(tmp_path):
         config_lib.load(tmp_path)
 
 
+@pytest.mark.parametrize("section, key", [("infer", "minimum_ml"), ("optim", "mixer_rate")])
+def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, key):
+    values = config_lib.to_dict(masm_brats.get_config())
+    del values[section][key]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"config.json lacks a key.*{key}.*configs/masm_brats.py"):
+        config_lib.load(tmp_path)
+
+
+def test_a_damaged_config_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match="config.json: "):
+        config_lib.load(tmp_path)
+
+
 def test_differences_are_listed_with_both_values():
     old, new = masm_brats.get_config(), masm_brats.get_config()
     new.model.mixers = ()

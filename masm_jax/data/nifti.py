@@ -1,13 +1,14 @@
 """NIfTI files: reading with full checks, reorienting to RAS+ and back, writing label files."""
 
 import gzip
-import os
 import struct
 import zlib
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+
+from masm_jax.files import replacing
 
 _BROKEN = (
     OSError,
@@ -167,7 +168,5 @@ def _write(path: Path | str, values: np.ndarray, like: Path | str | np.ndarray) 
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip.compress(data, compresslevel=6, mtime=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

@@ -1,5 +1,4 @@
-"""Records on disk: one folder per case, memory-mapped arrays, an index, and the split into "
-"folds."""
+"""Records on disk: a folder per case, memory-mapped arrays, an index, the split into folds."""
 
 import json
 import os
@@ -15,6 +14,7 @@ import numpy as np
 
 from masm_jax.data import conventions
 from masm_jax.data.preprocess import Record
+from masm_jax.files import replacing
 
 VERSION = 1
 FOREGROUND_SAMPLES = 10_000  # voxels kept per region as possible crop centres
@@ -78,10 +78,8 @@ def write_index(root: Path | str, index: dict[str, Any]) -> None:
         root: Folder of the records.
         index: ``modalities``, ``regions``, ``spacing``, ``cases`` and ``problems``.
     """
-    path = Path(root) / _INDEX
-    temporary = path.with_name(f".{_INDEX}.tmp")
-    temporary.write_text(json.dumps({"version": VERSION, **index}, indent=1))
-    os.replace(temporary, path)
+    with replacing(Path(root) / _INDEX) as temporary:
+        temporary.write_text(json.dumps({"version": VERSION, **index}, indent=1))
 
 
 def read_index(root: Path | str) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""The tables of an evaluation: a line per case and region, a summary, both as text to read.
+
+Rows are dicts ``{"case": ..., "region": ..., **metrics}`` with the metrics of
+``masm_jax.evaluation.metrics.evaluate``; further numbers per row are carried along.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from masm_jax.evaluation.lesions import STYLES
+from masm_jax.evaluation.metrics import CONVENTIONS, EMPTY_RULES
+from masm_jax.files import replacing
+
+Row = Mapping[str, Any]
+Path = str | os.PathLike
+
+TABLE = {  # key -> heading, decimals, whether the median is shown
+    "dice": ("Dice", 3, True),
+    "hd95": ("HD95 mm", 1, True),
+    "nsd": ("NSD", 3, False),
+    "sensitivity": ("sensitivity", 3, False),
+    "precision": ("precision", 3, False),
+}
+
+
+def write_metrics_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write one line per case and region: case, region, then every metric any row has.
+
+    Args:
+        path: the file, such as OUT/metrics.csv; replaced if there.
+        rows: see the module; a metric that is absent or not finite leaves an empty cell.
+    """
+    columns = list(dict.fromkeys(["case", "region", *(key for row in rows for key in row)]))
+    rows = [finite(row) for row in rows]
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows([row.get(column) for column in columns] for row in rows)  # None: empty
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """Mean, sample standard deviation and median of every metric per region, over the cases.
+
+    Args:
+        rows: see the module.
+
+    Returns:
+        {"cases": n, "regions": {region: {"n", "empty": {side: cases}, metric: {"mean", "sd",
+        "median", "n"}}}, "average": {metric: mean of the regions' means}, "conventions": words}.
+        The inner "n" counts the finite values, sd is None below two of them.
+    """
+    regions: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(row["region"] for row in rows):
+        own = [row for row in rows if row["region"] == name]
+        regions[name] = {
+            "n": len(own),
+            "empty": {side: sum(row.get("empty") == side for row in own) for side in EMPTY_RULES},
+            **{metric: _statistics(row.get(metric) for row in own) for metric in _metrics(own)},
+        }
+    average = {
+        metric: float(np.mean([r[metric]["mean"] for r in regions.values()]))
+        for metric in _metrics(rows)
+        if all(r.get(metric, {}).get("mean") is not None for r in regions.values())
+    }
+    words = "mean, sample standard deviation (n - 1), median over cases; average: over regions"
+    return {
+        "cases": len({row["case"] for row in rows}),
+        "regions": regions,
+        "average": average,
+        "conventions": CONVENTIONS | {"statistics": words},
+    }
+
+
+def write_summary_json(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write a summary as strict JSON: numbers that are not finite become null."""
+    text = json.dumps(finite(summary), indent=2, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n")
+
+
+def format_table(summary: Mapping[str, Any]) -> str:
+    """The summary as text for a terminal: a line per region, then the rules that applied."""
+    lines = [["region", "cases", *(heading for heading, *_ in TABLE.values())]]
+    for name, region in summary["regions"].items():
+        cells = (_cell(region.get(key), *form) for key, (_, *form) in TABLE.items())
+        lines.append([name, str(region["n"]), *cells])
+    means = {key: {"mean": summary["average"].get(key)} for key in TABLE}
+    lines.append(["average", "", *(_cell(means[key], *form) for key, (_, *form) in TABLE.items())])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    table = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
+    table.insert(1, "-" * max(map(len, table)))
+    table.append("mean +- standard deviation over cases (Dice and HD95: median)")
+    for style in STYLES:
+        table += _lesion_lines(summary, style)
+    for side, words in summary["conventions"]["empty_rules"].items():
+        counts = {name: r["empty"][side] for name, r in summary["regions"].items()}
+        hit = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        if side != "neither":
+            table.append(f"empty in {side} - {words}; cases: {hit or 'none'}")
+    return "\n".join(table)
+
+
+def _lesion_lines(summary: Mapping[str, Any], style: str) -> list[str]:
+    """Lesion-wise means of a style, a line per region; nothing where it was not asked for."""
+    lines = []
+    for name, region in summary["regions"].items():
+        if f"{style}_tp" not in region:
+            continue
+        shown = {key: region[f"{style}_{key}"] for key in ("dice", "hd95", "nsd", "f1")}
+        cells = [_cell({"mean": s["mean"]}, 1 if k == "hd95" else 3) for k, s in shown.items()]
+        counts = [region[f"{style}_{key}"] for key in ("tp", "fp", "fn")]
+        found, false, missed = (c["mean"] * c["n"] for c in counts)
+        lines.append(
+            f"  {name}  Dice {cells[0]}  HD95 {cells[1]} mm  NSD {cells[2]}  F1 {cells[3]}  "
+            f"found {found:.0f}, missed {missed:.0f}, false {false:.0f}"
+        )
+    return [f"lesion-wise, {style}:", *lines] if lines else []
+
+
+def finite(value: Any) -> Any:
+    """The value in plain Python types; None for numbers that are not finite: JSON has none."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _metrics(rows: Iterable[Row]) -> list[str]:
+    """Keys of the rows that hold numbers, in order of appearance."""
+    numbers = (k for row in rows for k, v in row.items() if isinstance(v, int | float | np.number))
+    return list(dict.fromkeys(key for key in numbers if key not in ("case", "region")))
+
+
+def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]:
+    x = np.array([v for v in values if v is not None and math.isfinite(v)], np.float64)
+    return {
+        "mean": float(x.mean()) if x.size else None,
+        "sd": float(x.std(ddof=1)) if x.size > 1 else None,
+        "median": float(np.median(x)) if x.size else None,
+        "n": int(x.size),
+    }
+
+
+def _cell(
+    statistics: Mapping[str, Any] | None, decimals: int, with_median: bool = False
+) -> str:
+    """For example "0.862 +- 0.042 (0.850)": mean, standard deviation, median, as far as there."""
+    if not statistics or statistics["mean"] is None:
+        return "-"
+    text = f"{statistics['mean']:.{decimals}f}"
+    if statistics.get("sd") is not None:
+        text += f" +- {statistics['sd']:.{decimals}f}"
+    if with_median and statistics.get("median") is not None:
+        text += f" ({statistics['median']:.{decimals}f})"
+    return text
