@@ -73,8 +73,9 @@ def get_config():
     infer.overlap = 0.5  # of neighbouring tiles
     infer.batch = 4  # tiles per compiled call
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
-    infer.threshold = 0.5  # on the probability of every region
+    infer.threshold = (0.5,)  # on the probability: one for all regions, or one each
     infer.largest_component = False  # of the whole tumour keep the largest part alone
+    infer.fill_holes = False  # of the whole tumour and the core
     infer.minimum_ml = 0.0  # enhancing tumour smaller than this becomes core
 
     config.evaluation = evaluation = ml_collections.ConfigDict()

@@ -1,5 +1,6 @@
 """Checks on a config, all of them, once: value, expectation, fix. And its way to JSON and back."""
 
+import ast
 import json
 import pathlib
 
@@ -10,6 +11,7 @@ from masm_jax.files import replacing
 from masm_jax.models.masm import MIXERS, SIZES, divisor
 from masm_jax.models.mosaic import offsets
 
+TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result.
 FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.", "evaluation.")
@@ -52,7 +54,13 @@ def validate(config):
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
     check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
-    check(0 < config.infer.threshold < 1, "infer.threshold", config.infer.threshold, "in (0, 1)")
+    threshold = tuple(config.infer.threshold)
+    check(
+        threshold and all(0 < t < 1 for t in threshold),
+        "infer.threshold",
+        threshold,
+        "numbers in (0, 1): one for all regions, or one each",
+    )
     check(config.infer.minimum_ml >= 0, "infer.minimum_ml", config.infer.minimum_ml, "0 or more")
     check(
         set(config.infer.flips) <= {0, 1, 2},
@@ -122,6 +130,12 @@ def validate_records(config, records):
             f"have spacing {records.spacing or 'of the scans'}; set config.data.spacing to it (0 "
             f"takes any), or prepare again with --spacing={config.data.spacing}"
         )
+    thresholds = len(config.infer.threshold)
+    if thresholds not in (1, len(records.regions)):
+        raise ValueError(
+            f"config.infer.threshold = {tuple(config.infer.threshold)}: {thresholds} numbers for "
+            f"the regions {', '.join(records.regions)}; expected one, or one for each"
+        )
     named = {modality for pair in config.model.pairs for modality in pair}
     missing = sorted(named - set(records.modalities))
     if missing and "aware" in tuple(config.model.mixers):
@@ -129,6 +143,50 @@ def validate_records(config, records):
             f"config.model.pairs names {', '.join(missing)}: the records in {config.data.records} "
             f"have {', '.join(records.modalities)}; pair those that exist"
         )
+
+
+def override(config, given):
+    """Set keys of ``infer`` and ``evaluation``: what may change after training.
+
+    Args:
+      config: a ConfigDict; changed in place.
+      given: strings such as "infer.flips=(0,1,2)", "infer.threshold=0.4".
+
+    Raises:
+      ValueError: no such key, or a value that it cannot have.
+    """
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: expected KEY=VALUE, such as infer.flips=(0,1,2)")
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a word
+        section, _, name = key.partition(".")
+        if section not in ("infer", "evaluation"):
+            raise ValueError(f"--set {text}: only keys of infer. or evaluation. may change here")
+        if name not in config[section]:
+            known = ", ".join(f"{section}.{known}" for known in config[section])
+            raise ValueError(f"--set {text}: no such key; expected one of {known}")
+        _set(config[section], name, value, f"--set {text}")
+    validate(config)
+
+
+def _set(section, name, value, where):
+    """One value, of the type that the key has: 1 is a float too, 0.4 a tuple of one."""
+    kind = type(section[name])
+    if kind in (tuple, list):
+        value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        with section.unlocked(), section.ignore_type():
+            section[name] = value
+        return
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind:
+        article = "an" if kind is int else "a"
+        raise ValueError(f"{where}: expected {article} {kind.__name__}, such as {section[name]}")
+    section[name] = value
 
 
 def to_dict(config):
@@ -152,8 +210,12 @@ def save(config, workdir):
         temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load(workdir):
-    """Read WORKDIR/config.json into a locked ConfigDict.
+def load(workdir, given=()):
+    """Read WORKDIR/config.json into a locked ConfigDict, with the values of WORKDIR/infer.json.
+
+    Args:
+      workdir: folder of a run.
+      given: as of ``override``; they come before what ``masm_jax.tune`` has written to infer.json.
 
     Raises:
       ValueError: there is none (not the folder of a run), it cannot be read, or a key is missing or
@@ -174,6 +236,14 @@ def load(workdir):
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    tuned = path.with_name(TUNED)
+    if tuned.is_file():
+        try:
+            values = json.loads(tuned.read_text())["infer"]
+            override(config, [f"infer.{key}={value!r}" for key, value in values.items()])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{tuned}: {error}; mend it, or delete it and tune again") from error
+    override(config, given)
     return config
 
 

@@ -118,7 +118,7 @@ def test_base_stays_within_its_budget(name):
         ("stop_at_step", -1, ("= -1", "0 (never)")),
         ("data.foreground", 1.5, ("= 1.5", "[0, 1]")),
         ("infer.overlap", 1.0, ("= 1.0", "[0, 1)")),
-        ("infer.threshold", 0.0, ("= 0.0", "(0, 1)")),
+        ("infer.threshold", (0.5, 0.0), ("= (0.5, 0.0)", "(0, 1)")),
         ("infer.flips", (0, 3), ("(0, 3)", "axes 0, 1, 2")),
         ("optim.warmup_steps", 100_000, ("= 100000", "total_steps (60000)", "shorten")),
         ("optim.ema_decay", 1.0, ("= 1.0", "[0, 1)")),
@@ -182,11 +182,55 @@ def test_records_of_another_spacing_are_refused():
     config_lib.validate_records(changed("data.spacing", 0.0), records())
 
 
+def test_thresholds_must_be_one_or_one_for_each_region():
+    with pytest.raises(ValueError, match=r"infer.threshold.*2 numbers.*WT, TC, ET"):
+        config_lib.validate_records(changed("infer.threshold", (0.5, 0.4)), records(spacing=1.0))
+    config_lib.validate_records(changed("infer.threshold", (0.5,) * 3), records(spacing=1.0))
+
+
 def test_pairs_of_modalities_that_are_not_there_are_refused():
     two = records(spacing=1.0, modalities=("t1", "flair"))
     with pytest.raises(ValueError, match="t1ce, t2.*have t1, flair"):
         config_lib.validate_records(masm_brats.get_config(), two)
     config_lib.validate_records(changed("model.pairs", (("t1", "flair"),)), two)
+
+
+# ---------------------------------------------------------------- --set and tuned values
+
+
+def test_inference_can_be_set_on_the_command_line():
+    config = masm_brats.get_config().lock()
+    given = ["infer.flips=(0,1)", "infer.threshold=0.4", "infer.overlap=0", "infer.fill_holes=True"]
+    config_lib.override(config, given)
+    assert config.infer.flips == (0, 1) and config.infer.threshold == (0.4,)
+    assert config.infer.overlap == 0.0 and config.infer.fill_holes is True
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("infer.flips", "KEY=VALUE"),
+        ("infer.flip=(0,)", "no such key.*infer.flips"),
+        ("model.size=full", "infer. or evaluation."),
+        ("infer.fill_holes=1", "expected a bool"),
+        ("infer.batch=2.5", "expected an int"),
+        ("infer.overlap=much", "expected a float"),
+        ("infer.overlap=1.5", r"infer.overlap = 1.5: expected in \[0, 1\)"),
+    ],
+)
+def test_what_cannot_be_set_is_said(given, words):
+    with pytest.raises(ValueError, match=words):
+        config_lib.override(masm_brats.get_config().lock(), [given])
+
+
+def test_tuned_values_are_taken_unless_set(tmp_path):
+    config_lib.save(masm_brats.get_config(), tmp_path)
+    (tmp_path / "infer.json").write_text('{"infer": {"threshold": [0.4], "minimum_ml": 0.3}}')
+    config = config_lib.load(tmp_path, given=["infer.minimum_ml=0"])
+    assert tuple(config.infer.threshold) == (0.4,) and config.infer.minimum_ml == 0.0
+    (tmp_path / "infer.json").write_text('{"infer": {"treshold": [0.4]}}')
+    with pytest.raises(ValueError, match="infer.json.*no such key"):
+        config_lib.load(tmp_path)
 
 
 # ---------------------------------------------------------------- JSON and changes

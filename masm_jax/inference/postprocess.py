@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import cc3d
 import numpy as np
+from scipy import ndimage
 
 from masm_jax.data.conventions import REGIONS
 
@@ -13,8 +14,9 @@ def decode(
     paint: Mapping[str, int] | Sequence[int] | None = None,
     *,
     regions: Mapping[str, Sequence[int]] = REGIONS,
-    threshold: float = 0.5,
+    threshold: float | Sequence[float] = 0.5,
     largest: bool = False,
+    fill: bool = False,
     minimum: int = 0,
 ) -> np.ndarray:
     """Threshold each region and paint the regions over each other, outer to inner.
@@ -29,9 +31,12 @@ def decode(
             ``paint`` for a file in its labels. None: internal labels, each region painting the
             first of its values that no later region has (WT 2, TC 1, ET 3).
         regions: region -> internal values, ordered outer to inner.
-        threshold: a voxel is in a region where its probability is above it.
+        threshold: a voxel is in a region where its probability is above it; one for all regions or
+            one each.
         largest: of the first region keep the largest connected component alone (26 neighbours, 3-D
             grids), and with it what is nested inside. Right for one lesion, wrong for metastases.
+        fill: close the holes of every region but the last, whose hole is the necrosis: voxels that
+            the region encloses on all sides (6 neighbours, 3-D grids).
         minimum: voxels; the last region, where smaller, becomes what surrounds it (in BraTS: ET
             becomes core; a false alarm scores 0, a handful of voxels gains nothing).
 
@@ -39,7 +44,8 @@ def decode(
         (...) uint8 labels, 0 where no region is.
 
     Raises:
-        ValueError: the numbers of regions differ, a label is no uint8, or a probability is NaN.
+        ValueError: the numbers of regions or thresholds differ, a label is no uint8, or a
+            probability is NaN.
     """
     probabilities = np.asarray(probabilities)
     names = list(regions)
@@ -47,6 +53,12 @@ def decode(
         raise ValueError(
             f"probabilities have {len(probabilities)} regions, expected {len(names)} "
             f"({', '.join(names)}): pass the regions that the network was trained on"
+        )
+    thresholds = [threshold] * len(names) if np.isscalar(threshold) else list(threshold)
+    if len(thresholds) != len(names):
+        raise ValueError(
+            f"threshold {thresholds} is for {len(thresholds)} regions; expected one number, or one "
+            f"for each of {', '.join(names)}"
         )
     values = _paint_values(paint, regions)
     labels = np.zeros(probabilities.shape[1:], np.uint8)
@@ -58,9 +70,11 @@ def decode(
                 f"the probabilities of {name} hold NaN; expected numbers in 0..1: the weights or "
                 "the input image are not finite, use an earlier checkpoint or check the scan"
             )
-        mask = probabilities[index] > threshold
+        mask = probabilities[index] > thresholds[index]
         if largest and index == 0 and mask.any():
             mask = cc3d.largest_k(mask, k=1, connectivity=26) > 0
+        if fill and index < len(names) - 1:
+            mask = ndimage.binary_fill_holes(mask)
         for outer in present:
             if set(regions[name]) < set(regions[outer]):
                 mask &= present[outer]

@@ -91,8 +91,9 @@ def decoding(config, spacing):
     """The rules of a config as keywords of ``postprocess.decode``, on a grid of ``spacing`` mm."""
     infer = config.infer
     return {
-        "threshold": infer.threshold,
+        "threshold": infer.threshold[0] if len(infer.threshold) == 1 else tuple(infer.threshold),
         "largest": infer.largest_component,
+        "fill": infer.fill_holes,
         "minimum": int(np.ceil(1000 * infer.minimum_ml / np.prod(spacing))),
     }
 

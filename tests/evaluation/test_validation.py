@@ -57,7 +57,9 @@ class Oracle:
     """Knows the labels, but misses one voxel of every region of the case B."""
 
     def __init__(self):
-        infer = types.SimpleNamespace(threshold=0.5, largest_component=False, minimum_ml=0.0)
+        infer = types.SimpleNamespace(
+            threshold=(0.5,), largest_component=False, fill_holes=False, minimum_ml=0.0
+        )
         config = types.SimpleNamespace(infer=infer)
         self.network = types.SimpleNamespace(regions=REGIONS, config=config)
 

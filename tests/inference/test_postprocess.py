@@ -48,6 +48,27 @@ def test_threshold_is_exclusive_and_can_be_moved():
     assert decode(probabilities, regions=regions, threshold=0.4).tolist() == [1, 1]
 
 
+def test_a_threshold_for_each_region():
+    probabilities = np.array([[0.6, 0.6], [0.35, 0.2], [0.7, 0.9]])
+    assert decode(probabilities, threshold=(0.5, 0.3, 0.8)).tolist() == [1, 2]
+    with pytest.raises(ValueError, match="threshold .* for 2 regions.*WT, TC, ET"):
+        decode(probabilities, threshold=(0.5, 0.3))
+
+
+def test_holes_are_filled_but_the_necrosis_stays():
+    """Along a line through three nested hollow balls: what each encloses on all sides."""
+    centre = np.linalg.norm(np.indices((21, 21, 21)) - 10, axis=0)
+    probabilities = np.stack(
+        [(centre > 8.2) & (centre < 9.5) | (centre < 2), centre < 5, (centre > 3) & (centre < 5)]
+    ).astype(np.float32)
+    probabilities[1, 10, 10, 10] = 0  # a hole of one voxel in the core
+    assert set(decode(probabilities)[10, 10, 10:]) == {2, 1, 0}
+    line = decode(probabilities, fill=True)[10, 10, 10:].tolist()
+    assert line == [1, 1, 1, 1, 3, 2, 2, 2, 2, 2, 0]
+    probabilities[0, 10, 10, 15:] = 0  # the outer ball is open now: no hole any more
+    assert decode(probabilities, fill=True)[10, 10, 17] == 0
+
+
 def test_regions_that_are_not_nested_are_painted_in_order():
     regions = {"oedema": (2,), "core": (1,)}
     probabilities = np.array([[1, 1, 0, 0], [0, 1, 1, 0]], np.float32)

@@ -100,7 +100,7 @@ class Fixed:
     """A network whose logits are the first modalities, times a weight."""
 
     def __init__(self, **infer):
-        infer = dict(overlap=0.5, batch=2, flips=(), threshold=0.5) | infer
+        infer = dict(overlap=0.5, batch=2, flips=(), threshold=(0.5,)) | infer
         self.config = types.SimpleNamespace(patch=8, infer=types.SimpleNamespace(**infer))
         self.regions = REGIONS
         self.tiles = []
