@@ -10,6 +10,7 @@ Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
 
 import json
 import logging
+import os
 import pathlib
 import sys
 import time
@@ -20,11 +21,12 @@ from absl import app, flags
 
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
-from masm_jax.data import conventions, nifti
+from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import metrics, pictures, tables
+from masm_jax.evaluation import scoring, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import decoding, in_scan, load_run
+from masm_jax.parallel import in_order
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
@@ -34,7 +36,16 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder for tables, predictions/ a
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
 _RECORDS = flags.DEFINE_string("records", None, "Records, where not those the run was trained on.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which weights.")
-_OVERLAYS = flags.DEFINE_integer("overlays", 8, "How many cases to draw (in overlays/).")
+_OVERLAYS = flags.DEFINE_integer("overlays", 50, "How many cases to draw (in overlays/).")
+_WORKERS = flags.DEFINE_integer(
+    "workers",
+    min(4, os.cpu_count() or 1),
+    "Processes that compare and draw cases while others are segmented; 0: none beside this one.",
+    lower_bound=0,
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "KEY=VALUE of infer. or evaluation., such as infer.flips=(0,1,2); may be repeated."
+)
 log = logging.getLogger("masm_jax.eval")
 
 
@@ -43,7 +54,7 @@ def evaluate(workdir, output):
     workdir, output = pathlib.Path(workdir), pathlib.Path(output)
 
     # ---------------------------------------------------------------- run, cases, references
-    segmenter, meta = load_run(workdir, which=_CHECKPOINT.value)
+    segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
     config = segmenter.network.config
     records = records_lib.Records(_RECORDS.value or config.data.records)
     cases = _cases(workdir, records, config)
@@ -52,26 +63,21 @@ def evaluate(workdir, output):
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
     # ---------------------------------------------------------------- case by case
-    rows, lesions, failed, grids = [], [], {}, {}
+    # Segmented here, on the device, while worker processes compare the cases before.
+    rows, lesions, failed, grids = [], [], {}, set()
+    jobs = _segmented(segmenter, records, cases, references, output, failed)
     began = time.perf_counter()
-    for number, case in enumerate(cases, 1):
-        try:
-            scores, grids[case], drawn = _one(
-                segmenter, records, case, references.get(case), output
-            )
-        except (ValueError, OSError) as error:
-            failed[case] = str(error)
-            log.error("%s failed: %s", case, error)
+    for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
+        if scored.problem:
+            failed[scored.case] = scored.problem
+            log.error("%s failed: %s", scored.case, scored.problem)
             continue
-        for name, values in scores.items():
-            own = {"case": case, "region": name}
-            lesions += [own | lesion for lesion in values.pop("lesions", [])]
-            rows.append(own | values)
-        if number <= _OVERLAYS.value:
-            _draw(records, case, drawn, scores, output)
-        left = (time.perf_counter() - began) / number * (len(cases) - number)
-        dice = "  ".join(f"{name} {values['dice']:.3f}" for name, values in scores.items())
-        log.info("%d/%d %s  Dice %s  left %.0f s", number, len(cases), case, dice, left)
+        rows, lesions = rows + scored.rows, lesions + scored.lesions
+        grids.add(scored.grid)
+        done = len({row["case"] for row in rows} | failed.keys())
+        left = (time.perf_counter() - began) / done * (len(cases) - done)
+        dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
+        log.info("%d/%d %s  Dice %s  left %.0f s", done, len(cases), scored.case, dice, left)
 
     # ---------------------------------------------------------------- tables
     if rows:
@@ -80,7 +86,7 @@ def evaluate(workdir, output):
             "run": str(workdir),
             "step": meta["step"],
             "split": _SPLIT.value,
-            "grid": sorted(set(grids.values())),
+            "grid": sorted(grids),
             "failed": failed,
         }
         tables.write_metrics_csv(output / "metrics.csv", rows)
@@ -125,50 +131,43 @@ def _references(folder, cases):
     }
 
 
-def _one(segmenter, records, case, reference, output):
-    """Segment, write, compare: scores, the grid compared in, labels in the record's grid."""
-    meta = records.meta(case)
+def _segmented(segmenter, records, cases, references, output, failed):
+    """Segment and write one case after the other; what fails is noted and left out."""
     network = segmenter.network
-    rules, small = (decoding(network.config, meta[k]) for k in ("spacing", "record_spacing"))
-    probabilities = segmenter.probabilities(records.image(case))
-    internal, written = in_scan(probabilities, meta, **rules)
-    scan = pathlib.Path(next(iter(meta["files"].values())))
-    path = output / "predictions" / f"{case}.nii.gz"
-    nifti.write_labels(path, written, like=scan if scan.is_file() else np.array(meta["affine"]))
-    drawn = postprocess.decode(probabilities, regions=network.regions, **small)
     wanted = network.config.evaluation
-    asked = {"regions": network.regions, "tolerance": wanted.tolerance, "styles": wanted.styles}
-
-    if reference is None and meta["segmentation"] and pathlib.Path(meta["segmentation"]).is_file():
-        reference = (meta["segmentation"], {int(k): v for k, v in meta["labels"].items()})
-    if reference is None:
-        label = np.asarray(records.label(case))
-        scores = metrics.evaluate(drawn, label, meta["record_spacing"], **asked)
-        return scores, "the records", drawn
-    values, affine, _ = nifti.read(reference[0])
-    if values.shape != internal.shape or not np.allclose(affine, meta["affine"], atol=0.1):
-        raise ValueError(
-            f"{reference[0]}: grid {values.shape} differs from the scan's {internal.shape}, or its "
-            f"affine does; expected the segmentation of the same scan"
+    for number, case in enumerate(cases):
+        try:
+            meta = records.meta(case)
+            rules = decoding(network.config, meta["spacing"])
+            small = decoding(network.config, meta["record_spacing"])
+            probabilities = segmenter.probabilities(records.image(case))
+            internal, written = in_scan(probabilities, meta, **rules)
+            drawn = postprocess.decode(probabilities, regions=network.regions, **small)
+            scan = pathlib.Path(next(iter(meta["files"].values())))
+            like = scan if scan.is_file() else np.array(meta["affine"])
+            nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
+        except (ValueError, OSError) as error:
+            failed[case] = str(error)
+            log.error("%s failed: %s", case, error)
+            continue
+        reference = references.get(case)
+        source = meta["segmentation"]
+        if reference is None and source and pathlib.Path(source).is_file():
+            reference = (source, {int(k): v for k, v in meta["labels"].items()})
+        overlay = output / "overlays" / f"{case}.png" if number < _OVERLAYS.value else None
+        yield (
+            scoring.Segmented(
+                case=case,
+                records=records.root,
+                regions={name: tuple(values) for name, values in network.regions.items()},
+                in_scan=internal,
+                in_record=scoring.pack(drawn),
+                reference=reference,
+                tolerance=wanted.tolerance,
+                styles=tuple(wanted.styles),
+                overlay=overlay,
+            ),
         )
-    label = conventions.to_internal(values, reference[1])
-    spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
-    return metrics.evaluate(internal, label, spacing, **asked), "the scans", drawn
-
-
-def _draw(records, case, drawn, scores, output):
-    (output / "overlays").mkdir(exist_ok=True)
-    meta = records.meta(case)
-    pictures.overlay(
-        output / "overlays" / f"{case}.png",
-        np.asarray(records.image(case)),
-        drawn,
-        np.asarray(records.label(case)),
-        title=f"{case}   Dice " + "  ".join(f"{n} {v['dice']:.2f}" for n, v in scores.items()),
-        modalities=records.modalities,
-        spacing=meta["record_spacing"],
-        regions=records.regions,
-    )
 
 
 def main(_):

@@ -8,10 +8,8 @@ adds what is missing. The cases are simulations: results on them are no BraTS re
 """
 
 import argparse
-import concurrent.futures
 import json
 import logging
-import multiprocessing
 import os
 import pathlib
 import shutil
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from masm_jax.data.simulate import VERSION, Phantom, simulate
 from masm_jax.files import replacing
+from masm_jax.parallel import in_order
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("%d of %d cases are there already", len(names) - len(todo), len(names))
     start = time.monotonic()
     failed = 0
-    results = _write_all(
-        root, todo, seed=arguments.seed, spacing=arguments.spacing, workers=arguments.workers
-    )
-    for name, problem in _progress(results, len(todo)):
-        if problem:
-            failed += 1
-            logger.error("%s: %s", name, problem)
+    jobs = [(root, name, arguments.seed, i, arguments.spacing) for name, i in todo.items()]
+    workers = min(arguments.workers, len(todo)) if arguments.workers > 1 < len(todo) else 0
+    try:
+        for name, problem in _progress(in_order(_write, jobs, workers=workers), len(todo)):
+            if problem:
+                failed += 1
+                logger.error("%s: %s", name, problem)
+    except ValueError as error:
+        logger.error("%s", error)
+        return 1
     seconds = time.monotonic() - start
     logger.info("%s: %d cases, %d new in %.0f s", root, len(names) - failed, len(todo), seconds)
     if failed:
@@ -144,36 +146,13 @@ def _claim(root: pathlib.Path, *, spacing: float, seed: int) -> None:
         )
 
 
-def _write_all(
-    root: pathlib.Path, todo: dict[str, int], *, seed: int, spacing: float, workers: int
-) -> Iterator[tuple[str, str]]:
-    """Writes cases, in this process or in several; yields each one's name and problem ("")."""
-    if workers == 1 or len(todo) < 2:
-        for name, index in todo.items():
-            yield name, _write(root, name, seed=seed, index=index, spacing=spacing)
-        return
-    # Fork is unsafe once a library has started threads; spawned processes load the atlas anew.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(workers, len(todo)), context) as pool:
-        futures = {
-            pool.submit(_write, root, name, seed=seed, index=index, spacing=spacing): name
-            for name, index in todo.items()
-        }
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                try:
-                    yield futures[future], future.result()
-                except concurrent.futures.BrokenExecutor as error:
-                    yield futures[future], f"its process died ({error}); try fewer --workers"
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _write(root: pathlib.Path, name: str, *, seed: int, index: int, spacing: float) -> str:
+def _write(
+    root: pathlib.Path, name: str, seed: int, index: int, spacing: float
+) -> tuple[str, str]:
     """Simulates and writes one case: the folder appears complete or not at all.
 
     Returns:
-        What went wrong, or "".
+        Its name, and what went wrong or "".
     """
     temporary = root / f".{name}.tmp"
     try:
@@ -183,8 +162,8 @@ def _write(root: pathlib.Path, name: str, *, seed: int, index: int, spacing: flo
         save(simulate(seed, index, spacing=spacing), temporary, name=name)
         os.rename(temporary, root / name)
     except (OSError, ValueError, MemoryError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        return name, f"{type(error).__name__}: {error}"
+    return name, ""
 
 
 def save(phantom: Phantom, folder: pathlib.Path, *, name: str) -> None:

@@ -58,6 +58,10 @@ def _parser():
     parser.add_argument("--output", required=True, help="folder for the label files")
     parser.add_argument("--labels", help="label scheme to write, where the names leave it open")
     parser.add_argument("--description", help="description file of another data set (docs/data.md)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="of infer., over the run's: infer.flips=(0,1,2); may be repeated",
+    )  # fmt: skip
     parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest")
     parser.add_argument(
         "--probabilities", action="store_true", help="also write OUT/CASE_REGION.nii.gz, 0 to 1"
@@ -67,7 +71,7 @@ def _parser():
 
 def _predict(args):
     cases, problems = _cases(args)
-    segmenter, meta = load_run(args.workdir, which=args.checkpoint)
+    segmenter, meta = load_run(args.workdir, which=args.checkpoint, given=args.set)
     failed = {problem.case: str(problem) for problem in problems}
     for number, case in enumerate(cases, 1):
         began = time.perf_counter()

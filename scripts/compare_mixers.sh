@@ -32,7 +32,7 @@ run() { # CORE VARIANT SEED FLAGS...
     --config.seed="$seed" --config.model.mixers="${MIXERS[$variant]}" "$@" >>"$workdir/log.txt" 2>&1
   taskset -c "$core" "$PYTHON" eval.py --workdir="$workdir" --split=val --output="$workdir/eval" \
     >>"$workdir/log.txt" 2>&1
-  echo "$(date +%H:%M:%S) $variant seed $seed: $(tail -n 12 "$workdir/log.txt" | grep ^average)"
+  echo "$(date +%H:%M:%S) $variant seed $seed: $(grep ^average "$workdir/log.txt" | tail -n 1)"
 }
 
 jobs=()

@@ -1,21 +1,18 @@
 """Prepares many cases in parallel: resumable, atomic per case, duplicates found at the end."""
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from masm_jax.data import records
 from masm_jax.data.cases import Case, Problem
 from masm_jax.data.preprocess import VERSION, CaseError, preprocess
+from masm_jax.parallel import in_order
 
 
 @dataclasses.dataclass
@@ -73,7 +70,9 @@ def build(
     metas: dict[str, dict[str, Any]] = {}
     hashes: dict[str, tuple[str, str]] = {}
     left = [case for case in cases if case.id not in kept]
-    results = _results(left, root, spacing, wanted, workers)
+    jobs = ((case, root, spacing, wanted[case.id]) for case in left)
+    workers = min(workers, len(left)) if workers > 1 < len(left) else 0
+    results = in_order(_work, jobs, workers=workers, needs="0.5 GB")
     try:
         for case in cases:
             meta, wrong = (kept[case.id], []) if case.id in kept else next(results)
@@ -193,53 +192,6 @@ def _duplicate(
                 )
             )
     return problems
-
-
-def _results(
-    cases: list[Case], root: Path, spacing: float | None, wanted: dict[str, dict], workers: int
-) -> Iterator[tuple[dict[str, Any], list[Problem]]]:
-    """(meta, problems) of each case, in order."""
-    if workers <= 1 or len(cases) <= 1:
-        for case in cases:
-            yield _work(case, root, spacing, wanted[case.id])
-        return
-    # Spawned, so that no lock or thread of this process is copied.
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(workers, len(cases)),
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is answered by the parent alone
-    )
-    try:
-        with _one_thread_each():
-            futures = [pool.submit(_work, case, root, spacing, wanted[case.id]) for case in cases]
-        for case, future in zip(cases, futures):
-            try:
-                yield future.result()
-            except concurrent.futures.process.BrokenProcessPool as error:
-                raise ValueError(
-                    f"a worker process died at or near {case.id} (often: out of memory; a worker "
-                    "needs about 0.5 GB); finished cases are kept; run again with --workers below "
-                    f"{workers}"
-                ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started inside use one thread for matrix products: many would fight over cores."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _work(

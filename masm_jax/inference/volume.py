@@ -57,13 +57,14 @@ class Segmenter:
         )
 
 
-def load_run(workdir, *, which="latest", mesh=None):
+def load_run(workdir, *, which="latest", mesh=None, given=()):
     """The trained network of a run, with its averaged weights.
 
     Args:
       workdir: folder written by train.py.
       which: "latest" or "best" (by pseudo Dice) checkpoint.
       mesh: of the devices to run on; all by default.
+      given: "infer.KEY=VALUE" and "evaluation.KEY=VALUE", over the config's (config.override).
 
     Returns:
       segmenter, and the metadata of the checkpoint (step, modalities, regions, ...).
@@ -71,7 +72,7 @@ def load_run(workdir, *, which="latest", mesh=None):
     Raises:
       ValueError: there is no run or no checkpoint in ``workdir``.
     """
-    config = config_lib.load(workdir)
+    config = config_lib.load(workdir, given)
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     checkpoints = checkpoint.Checkpoints(workdir)
     step = checkpoints.best() if which == "best" else checkpoints.latest()

@@ -1,0 +1,122 @@
+"""One segmented case against its reference: the part of an evaluation that needs no device.
+
+A worker process imports this module and no JAX.
+"""
+
+import dataclasses
+import pathlib
+import zlib
+from typing import Any
+
+import numpy as np
+
+from masm_jax.data import conventions, nifti
+from masm_jax.data.records import Records
+from masm_jax.evaluation import metrics, pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Segmented:
+    """A case that the network is through with.
+
+    Attributes:
+        case: its id.
+        records: folder of its record.
+        regions: region -> internal values.
+        in_scan: (I, J, K) uint8 internal labels in the grid of the scan.
+        in_record: the same in the grid of the record, zlib-compressed.
+        reference: segmentation file and its label values -> internal; None: that of the record.
+        tolerance: of the NSD, mm.
+        styles: of the lesion-wise metrics.
+        overlay: where to draw it, or None.
+    """
+
+    case: str
+    records: pathlib.Path
+    regions: dict[str, tuple[int, ...]]
+    in_scan: np.ndarray
+    in_record: bytes
+    reference: tuple[str, dict[int, int]] | None
+    tolerance: float
+    styles: tuple[str, ...]
+    overlay: pathlib.Path | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What came of it: lines of metrics.csv and lesions.csv, or what went wrong."""
+
+    case: str
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    lesions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    grid: str = ""
+    problem: str = ""
+
+
+def pack(labels: np.ndarray) -> bytes:
+    """(D, H, W) uint8 labels as few bytes."""
+    return zlib.compress(np.ascontiguousarray(labels, np.uint8).tobytes(), 1)
+
+
+def score(segmented: Segmented) -> Scored:
+    """Compare a case, and draw it; an error is part of the result."""
+    try:
+        regions, grid = _metrics(segmented)
+        if segmented.overlay is not None:
+            draw(segmented, regions, segmented.overlay)
+    except (ValueError, OSError) as error:
+        return Scored(segmented.case, problem=str(error))
+    rows, lesions = [], []
+    for name, values in regions.items():
+        own = {"case": segmented.case, "region": name}
+        lesions += [own | lesion for lesion in values.pop("lesions", [])]
+        rows.append(own | values)
+    return Scored(segmented.case, rows, lesions, grid)
+
+
+def draw(segmented: Segmented, scores: dict[str, Any], path: pathlib.Path) -> None:
+    """Three slices through the lesion, with the Dice of each region in the title."""
+    records = Records(segmented.records)
+    image = np.asarray(records.image(segmented.case))
+    pictures.overlay(
+        path,
+        image,
+        labels_of(segmented, image.shape[1:]),
+        np.asarray(records.label(segmented.case)),
+        title=f"{segmented.case}   Dice "
+        + "  ".join(f"{name} {values['dice']:.2f}" for name, values in scores.items()),
+        modalities=records.modalities,
+        spacing=records.meta(segmented.case)["record_spacing"],
+        regions=segmented.regions,
+    )
+
+
+def labels_of(segmented: Segmented, shape: tuple[int, ...]) -> np.ndarray:
+    """(D, H, W) uint8 internal labels in the grid of the record."""
+    return np.frombuffer(zlib.decompress(segmented.in_record), np.uint8).reshape(shape)
+
+
+def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
+    """Scores by region, and the grid they were made in."""
+    records = Records(segmented.records)
+    meta = records.meta(segmented.case)
+    asked = {
+        "regions": segmented.regions,
+        "tolerance": segmented.tolerance,
+        "styles": segmented.styles,
+    }
+    if segmented.reference is None:
+        label = np.asarray(records.label(segmented.case))
+        drawn = labels_of(segmented, label.shape)
+        return metrics.evaluate(drawn, label, meta["record_spacing"], **asked), "the records"
+    file, values = segmented.reference
+    labels, affine, _ = nifti.read(file)
+    expected = segmented.in_scan.shape
+    if labels.shape != expected or not np.allclose(affine, meta["affine"], atol=0.1):
+        raise ValueError(
+            f"{file}: grid {labels.shape} differs from the scan's {expected}, or its affine does; "
+            f"expected the segmentation of the same scan"
+        )
+    label = conventions.to_internal(labels, values)
+    spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
+    return metrics.evaluate(segmented.in_scan, label, spacing, **asked), "the scans"
