@@ -48,7 +48,7 @@ def train(config, workdir):
     config_lib.validate(config)
     records = records_lib.Records(config.data.records)
     config_lib.validate_records(config, records)
-    split = records_lib.split(records.cases, config.data.split, config.seed)
+    split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
     network = Network(config, modalities=records.modalities, regions=records.regions)
     checkpoints = checkpoint.Checkpoints(workdir)
     start, dice = checkpoints.latest() or 0, None
