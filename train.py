@@ -141,8 +141,9 @@ def train(config, workdir):
                 segmenter = segmenter or Segmenter(network, state["ema"], mesh)
                 segmenter.update(state["ema"])
                 cases = split["val"][: config.log.volumes]
-                scores = validation.volume_dice(segmenter, records, cases)
-                metrics.write(step, scores)
+                drawn = {c: workdir / "overlays" / f"{c}.png" for c in cases[: config.log.overlays]}
+                scores = validation.volume_dice(segmenter, records, cases, drawn)
+                metrics.write(step, scores, pictures=drawn)
                 log.info("step %d  %d validation cases: %s", step, len(cases), _scores(scores))
 
             stopped = bool(stop) or step == config.stop_at_step

@@ -68,6 +68,7 @@ def get_config():
     log.patches = 64  # how many crops
     log.volume_every = 5000  # steps between full-volume Dice (0 = never)
     log.volumes = 16  # how many validation cases
+    log.overlays = 4  # how many of them are drawn, to overlays/ and TensorBoard
     log.checkpoint_every = 1000  # steps between checkpoints
 
     config.infer = infer = ml_collections.ConfigDict()
