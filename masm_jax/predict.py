@@ -18,7 +18,7 @@ import time
 
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
-from masm_jax.data import conventions, nifti, preprocess
+from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import decoding, in_scan, load_run
@@ -125,6 +125,10 @@ def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
+    found = suspicion.look(
+        record.image, segmenter.network.modalities, record.meta["record_spacing"]
+    )
+    _say(case, found)
     config = segmenter.network.config
     rules = decoding(config, record.meta["spacing"])
     regions = segmenter.network.regions
@@ -157,6 +161,7 @@ def _one(segmenter, case, run, args):
         "run": str(args.workdir),
         "step": run["step"],
         "rules": rules,
+        "input": {"convention": case.convention.name, **found},
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }
@@ -172,6 +177,20 @@ def _one(segmenter, case, run, args):
         regions=regions,
     )
     return volumes
+
+
+def _say(case, found):
+    """How files were mapped to modalities and what speaks against it."""
+    named = {m: p.name for m, p in zip(case.convention.modalities, case.images)}
+    doubted = any("mixed up" in warning for warning in found["warnings"])
+    checked = "contrast disagrees" if doubted else "contrast agrees"
+    if len({"t1", "t1ce", "t2", "flair"} & named.keys()) < 4:
+        checked = "contrast not checked: other modalities than t1, t1ce, t2, flair"
+    elif not doubted:
+        checked += " (T1 and T1ce: by name alone)"
+    _log.info("%s: %s; %s", case.id, ", ".join(f"{m} = {f}" for m, f in named.items()), checked)
+    for warning in found["warnings"]:
+        _log.warning("%s: %s", case.id, warning)
 
 
 if __name__ == "__main__":
