@@ -10,7 +10,6 @@ from typing import Any
 
 from masm_jax.evaluation.distributions import mean_dice
 from masm_jax.evaluation.lesions import STYLES
-from masm_jax.evaluation.metrics import EMPTY_RULES
 from masm_jax.evaluation.tables import TABLE, finite
 
 Row = Mapping[str, Any]
@@ -30,8 +29,8 @@ COLUMNS = {  # metric -> group heading, decimals, whether it is shown at first
     "dice": ("Dice", 3, True),
     "hd95": ("HD95 mm", 1, True),
     "nsd": ("NSD", 3, True),
-    "volume_ml": ("Volume predicted ml", 1, True),
-    "reference_ml": ("Volume of reference ml", 1, True),
+    "volume_ml": ("Predicted ml", 1, True),
+    "reference_ml": ("Reference ml", 1, True),
     **{f"{style}_dice": (f"Lesion-wise Dice, {style}", 3, False) for style in STYLES},
 }
 SIDES = {"both": "rightly empty", "prediction": "missed", "reference": "false alarm"}
@@ -69,11 +68,10 @@ def summary(content: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Sequen
     cells = [_number(average.get(key), decimals) for key, (_, decimals, _) in TABLE.items()]
     body += _line("average", "", *cells)
     headings = ["region", "cases", *(heading for heading, *_ in TABLE.values())]
-    words = content["conventions"].get("statistics", "")
     caption = (
-        "Mean [95 % interval]; below, median and standard deviation. The interval is a bootstrap "
-        "over cases: how far the mean would move with other cases of the same kind, not with "
-        f"another training. {_text(words)}"
+        "Mean [95 % interval]; below, median and sample standard deviation. The interval is a "
+        "bootstrap over cases: how far the mean would move with other cases of the same kind, not "
+        "with another training. Average: of the means of the regions."
     )
     parts = [_table(headings, body, caption, numbers=True)]
     parts += [_lesion_wise(regions, bounds, style) for style in STYLES]
@@ -197,9 +195,9 @@ def _line(heading: str, *cells: str) -> str:
 def _table(headings: Sequence[str], body: str, caption: str = "", numbers: bool = False) -> str:
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
     head = f"<thead><tr>{head}</tr></thead>" if headings else ""
-    caption = f"<caption>{caption}</caption>" if caption else ""
+    caption = f'<p class="quiet">{caption}</p>' if caption else ""
     kind = ' class="numbers"' if numbers else ""
-    return f'<div class="scroll"><table{kind}>{caption}{head}<tbody>{body}</tbody></table></div>'
+    return f'{caption}<div class="scroll"><table{kind}>{head}<tbody>{body}</tbody></table></div>'
 
 
 def _number(value: Any, decimals: int) -> str:
@@ -247,7 +245,6 @@ def _empty(content: Mapping[str, Any]) -> str:
         counts = [str(region["empty"].get(side, 0)) for region in content["regions"].values()]
         where = "in neither" if side == "neither" else f"in {side}"
         body += _line(_text(where), _text(words), *counts)
-    assert set(content["conventions"]["empty_rules"]) <= set(EMPTY_RULES)
     headings = ["empty", "what counts", *map(_text, content["regions"])]
     caption = "Cases under each rule for a region that one side or both leave empty."
     return f"<h3>Empty regions</h3>{_table(headings, body, caption)}"

@@ -97,15 +97,15 @@ let nv = null;          // the one viewer; a browser allows few WebGL contexts
 let shown = null;       // {name, view, scans, sides}
 let wanted = "";        // the case asked for last: an earlier one that comes late is dropped
 const state = { modality: "flair", mode: 3, fill: true, opacity: 0.6, reference: true,
-  prediction: true };
+  prediction: true, cross: true };
 
 async function viewer() {
   if (nv) return nv;
   if (!document.createElement("canvas").getContext("webgl2")) throw new Error(NO_WEBGL);
   const made = new niivue.Niivue({
     logLevel: "error", loadingText: "", dragAndDropEnabled: false, dragMode: 0,
-    isRadiologicalConvention: true, sagittalNoseLeft: true, isOrientCube: false,
-    multiplanarLayout: 2, multiplanarShowRender: 1, crosshairWidth: 0.5, crosshairGap: 4,
+    isRadiologicalConvention: true, sagittalNoseLeft: true, isOrientCube: true,
+    multiplanarLayout: 2, multiplanarShowRender: 1, multiplanarPadPixels: 14,
     crosshairColor: [0.3, 0.9, 0.4, 0.8], fontColor: [1, 1, 1, 1], viewModeHotKey: "",
     clipPlaneHotKey: "", cycleClipPlaneHotKey: "", showAllOrientationMarkers: true,
   });
@@ -117,6 +117,7 @@ async function viewer() {
 
 async function openCase(name) {
   wanted = name;
+  shown = null;
   find("viewer-case").textContent = name;
   find("viewer-scores").textContent = scores(name);
   say("Loading …");
@@ -159,7 +160,8 @@ function volume(base64, name, opacity = 1) {
 async function labels(view, side) {
   const layer = await volume(view[side], side);
   layer.setColormapLabel(palette(view, side));
-  return { layer, full: layer.img, shell: shell(layer.img, layer.hdr.dims.slice(1, 4)) };
+  return { layer, full: layer.img, shell: shell(layer.img, layer.hdr.dims.slice(1, 4),
+    view.labels.map((label) => label.value)) };
 }
 
 function palette(view, side) {
@@ -174,16 +176,20 @@ function palette(view, side) {
   return map;
 }
 
-// Voxels with a neighbour of another label: on every plane the outline of what it cuts.
-function shell(full, [nx, ny, nz]) {
+// Voxels with a neighbour further out, nested regions one in the other: on every plane a line one
+// voxel wide around each region. `order` lists the label values from the outermost in.
+function shell(full, [nx, ny, nz], order) {
+  const depth = new Uint8Array(256);
+  order.forEach((value, i) => { depth[value] = i + 1; });
   const result = new Uint8Array(full.length);
   for (let z = 0, i = 0; z < nz; z++) for (let y = 0; y < ny; y++) for (let x = 0; x < nx; x++, i++) {
-    const own = full[i];
-    if (!own) continue;
+    if (!full[i]) continue;
+    const own = depth[full[i]];
     const inside = x > 0 && x < nx - 1 && y > 0 && y < ny - 1 && z > 0 && z < nz - 1
-      && full[i - 1] === own && full[i + 1] === own && full[i - nx] === own
-      && full[i + nx] === own && full[i - nx * ny] === own && full[i + nx * ny] === own;
-    if (!inside) result[i] = own;
+      && depth[full[i - 1]] >= own && depth[full[i + 1]] >= own && depth[full[i - nx]] >= own
+      && depth[full[i + nx]] >= own && depth[full[i - nx * ny]] >= own
+      && depth[full[i + nx * ny]] >= own;
+    if (!inside) result[i] = full[i];
   }
   return result;
 }
@@ -191,11 +197,13 @@ function shell(full, [nx, ny, nz]) {
 // ---------------------------------------------------------------- what is shown of the case
 
 function dress() {
+  if (!shown) return;
   for (const [side, { layer, full, shell }] of Object.entries(shown.sides)) {
     const filled = side === "prediction" && state.fill;
     layer.img = filled ? full : shell;
     layer.opacity = state[side] ? (filled ? state.opacity : Math.min(1, state.opacity + 0.4)) : 0;
   }
+  nv.opts.crosshairWidth = state.cross ? 0.3 : 0;
   nv.updateGLVolume();
   controls();
 }
@@ -203,9 +211,9 @@ function dress() {
 async function showModality(modality) {
   const { view, scans, name } = shown;
   const place = view.modalities.indexOf(modality);
-  if (!scans[modality]) scans[modality] = (await volume(view.images[place], name)).img;
-  if (shown.name !== name) return;
   state.modality = modality;
+  if (!scans[modality]) scans[modality] = (await volume(view.images[place], name)).img;
+  if (shown?.name !== name || state.modality !== modality) return;  // another was asked for since
   shown.scan.img = scans[modality];
   dress();
 }
@@ -261,6 +269,7 @@ function controls() {
     find(`show-${side}`).checked = Boolean(sides[side]) && state[side];
   }
   find("fill").checked = state.fill;
+  find("cross").checked = state.cross;
   find("opacity").value = state.opacity;
   legend();
   const edges = view.spacing.map((edge) => Number(edge.toFixed(2))).join(" × ");
@@ -288,20 +297,21 @@ function choices(id, items, chosen, choose) {
 }
 
 function legend() {
-  const entries = [];
-  for (const side of ["reference", "prediction"]) {
-    if (!shown.sides[side]) continue;
+  const lines = ["reference", "prediction"].filter((side) => shown.sides[side]).map((side) => {
     const filled = side === "prediction" && state.fill;
+    const line = document.createElement("p");
+    line.append(`${side} (${state[side] ? (filled ? "filled" : "outlined") : "hidden"})`);
     for (const label of shown.view.labels) {
       const entry = document.createElement("span");
       const swatch = document.createElement("i");
       swatch.style.borderColor = label[side];
       if (filled) swatch.style.background = label[side];
-      entry.append(swatch, `${side} ${label.name}, ${filled ? "filled" : "outlined"}`);
-      entries.push(entry);
+      entry.append(swatch, label.name);
+      line.append(entry);
     }
-  }
-  find("legend").replaceChildren(...entries);
+    return line;
+  });
+  find("legend").replaceChildren(...lines);
 }
 
 function scores(name) {
@@ -331,7 +341,10 @@ function say(words, problem = false) {
 }
 
 function toggle(name) {
-  if (name in shown.sides || name === "fill") state[name] = !state[name];
+  if (name === "reference" || name === "prediction") {
+    if (!shown?.sides[name]) return;
+  }
+  state[name] = !state[name];
   dress();
 }
 
@@ -343,6 +356,7 @@ function prepareViewer() {
   find("show-reference").addEventListener("change", () => toggle("reference"));
   find("show-prediction").addEventListener("change", () => toggle("prediction"));
   find("fill").addEventListener("change", () => toggle("fill"));
+  find("cross").addEventListener("change", () => toggle("cross"));
   find("opacity").addEventListener("input", () => {
     state.opacity = Number(find("opacity").value);
     dress();
@@ -359,6 +373,7 @@ function prepareViewer() {
     else if (key === "r") toggle("reference");
     else if (key === "p") toggle("prediction");
     else if (key === "f") toggle("fill");
+    else if (key === "x") toggle("cross");
     else if (key === "c") goTo(shown.view.centre);
     else return;
     event.preventDefault();
