@@ -124,7 +124,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         for name in names:
             steps = sorted(series[name])
             values = [series[name][step] for step in steps]
-            style = ("--" if name.startswith("volume/") else "-") + ("." if len(steps) < 50 else "")
+            style = ("." if len(steps) < 50 else "") + ("--" if name.startswith("volume/") else "-")
             axes.plot(steps, values, style, label=name, linewidth=1.3)
         if not names:
             axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
@@ -141,7 +141,17 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
 def centre(
     prediction: np.ndarray, reference: np.ndarray | None, brain: np.ndarray, regions: Regions
 ) -> tuple[int, ...]:
-    """Voxel in the middle of the largest lesion, or of the brain, or of the grid."""
+    """Voxel in the middle of the largest lesion, or of the brain, or of the grid.
+
+    Args:
+        prediction: (D, H, W) integer internal labels; counts where the reference has no lesion.
+        reference: the same, or None.
+        brain: (D, H, W) bool.
+        regions: region -> internal values.
+
+    Returns:
+        Three indices.
+    """
     tumour = sorted({value for values in regions.values() for value in values})
     for labels in (reference, prediction):
         if labels is not None and (mask := np.isin(labels, tumour)).any():

@@ -316,9 +316,9 @@ function legend() {
 
 function scores(name) {
   const heads = [...table.tHead.rows[1].cells];
-  return "Dice  " + [...rowOf(name).cells].map((cell, i) => [heads[i], cell])
+  return "Dice: " + [...rowOf(name).cells].map((cell, i) => [heads[i], cell])
     .filter(([, cell]) => cell.classList.contains("m-dice"))
-    .map(([head, cell]) => `${head.textContent.trim()} ${cell.textContent}`).join("   ");
+    .map(([head, cell]) => `${head.textContent.trim()} ${cell.textContent}`).join(", ");
 }
 
 function neighbours() {
