@@ -1,12 +1,11 @@
 """An evaluation as one HTML file that opens from the disk: tables, plots, scans in 3-D.
 
 Nothing in the page comes from a network, which its content security policy also forbids. Whatever
-comes from data (names of cases, paths, values of the configuration) goes through ``_text``.
+comes from data (names of cases, paths, the configuration) goes through ``sections.escaped``.
 """
 
 import base64
 import hashlib
-import html
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ from typing import Any
 
 from masm_jax.evaluation import sections
 from masm_jax.evaluation.distributions import chosen, distributions, intervals
+from masm_jax.evaluation.sections import escaped
 from masm_jax.evaluation.tables import finite
 from masm_jax.evaluation.views import view, views_spacing
 from masm_jax.files import replacing
@@ -73,7 +73,7 @@ def write(
     }
     content: dict[str, str | Iterator[str]] = {
         "policy": _policy(js, niivue),
-        "title": _text(title),
+        "title": escaped(title),
         "css": (PAGE / "page.css").read_text(encoding="utf-8"),
         "lead": _lead(about, path.parent),
         "notes": sections.notes(notes),
@@ -84,10 +84,10 @@ def write(
         ),
         "failed": sections.failed(failed),
         **{key: listed[key] for key in ("summary", "cases", "lesions")},
-        "pictures": "".join(listed[key] for key in sections.PICTURES),
+        "pictures": "".join(listed[key] for key in sections.PICTURES.values()),
         "run": sections.run(about, config),
         "niivue_version": re.search(r"Version: (\S+)", about_niivue)[1],
-        "niivue_licence": _text(about_niivue.split("```")[1].strip()),
+        "niivue_licence": escaped(about_niivue.split("```")[1].strip()),
         "views": _views(views.items() if isinstance(views, Mapping) else views),
         "niivue": niivue,
         "js": js,
@@ -97,10 +97,6 @@ def write(
         for i, part in enumerate(re.split(r"\{\{(\w+)\}\}", template)):
             part = content[part] if i % 2 else part
             file.writelines([part] if isinstance(part, str) else part)
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
 
 
 def _script(name: str) -> str:
@@ -121,16 +117,16 @@ def _policy(*scripts: str) -> str:
 
 def _views(views: Iterable[View]) -> Iterator[str]:
     for case, content in views:
-        # "<" could end the element, and U+2028 is a line end to old parsers: json escapes it.
+        # "<" could end the element.
         text = json.dumps(finite(content), allow_nan=False).replace("<", "\\u003c")
-        yield f'<script type="application/json" class="view" data-case="{_text(case)}">'
+        yield f'<script type="application/json" class="view" data-case="{escaped(case)}">'
         yield text
         yield "</script>\n"
 
 
 def _lead(about: Mapping[str, Any], folder: pathlib.Path) -> str:
     facts = (("run", "run {}"), ("step", "step {}"), ("device", "on {}"), ("date", "{}"))
-    words = ", ".join(_text(f.format(about[key])) for key, f in facts if about.get(key) is not None)
+    known = (words.format(about[key]) for key, words in facts if about.get(key) is not None)
     files = [name for name in BESIDE if (folder / name).exists()]
     links = ", ".join(f'<a href="{urllib.parse.quote(name)}">{name}</a>' for name in files)
-    return words + (f". Beside this page: {links}" if files else "")
+    return escaped(", ".join(known)) + (f". Beside this page: {links}" if files else "")

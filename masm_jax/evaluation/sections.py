@@ -14,7 +14,12 @@ from masm_jax.evaluation.tables import TABLE, finite
 
 Row = Mapping[str, Any]
 
-PICTURES = ("distributions", "case-pictures", "pruning", "training")
+PICTURES = {  # section of a picture -> its place in the page, in order; "cases" is the table there
+    "distributions": "distributions",
+    "cases": "case-pictures",
+    "pruning": "pruning",
+    "training": "training",
+}
 HEADINGS = {
     "summary": "Summary",
     "cases": "Cases",
@@ -39,7 +44,7 @@ BANDS = ((0, 0.1), (0.1, 1), (1, 10), (10, float("inf")))  # ml
 
 def notes(sentences: Sequence[str]) -> str:
     """What a reader must know first."""
-    items = "".join(f"<li>{_text(sentence)}</li>" for sentence in sentences)
+    items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in sentences)
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
@@ -47,7 +52,7 @@ def failed(reasons: Mapping[str, str]) -> str:
     """Cases without a result and why; nothing when all went well."""
     if not reasons:
         return ""
-    body = "".join(_line(_text(case), _text(reason)) for case, reason in reasons.items())
+    body = "".join(_line(escaped(case), escaped(reason)) for case, reason in reasons.items())
     return (
         f'<section class="failed"><h2>Failed: {len(reasons)}</h2><p>These cases are in no number '
         f"below.</p>{_table(['case', 'reason'], body)}</section>"
@@ -63,7 +68,7 @@ def summary(content: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Sequen
             _mean(region.get(key), bounds.get(name, {}).get(key), decimals)
             for key, (_, decimals, _) in TABLE.items()
         ]
-        body += _line(_text(name), _number(region["n"], 0), *cells)
+        body += _line(escaped(name), _number(region["n"], 0), *cells)
     average = content["average"]
     cells = [_number(average.get(key), decimals) for key, (_, decimals, _) in TABLE.items()]
     body += _line("average", "", *cells)
@@ -100,9 +105,9 @@ def cases(rows: Sequence[Row]) -> str:
         sides = [f"{name}: {SIDES[side]}" for name in regions
                  if (side := own.get(name, {}).get("empty")) in SIDES]  # fmt: skip
         cells.append(
-            f'<td class="first m-empty" data-value="{len(sides)}">{_text(", ".join(sides))}</td>'
+            f'<td class="first m-empty" data-value="{len(sides)}">{escaped(", ".join(sides))}</td>'
         )
-        name = _text(case)
+        name = escaped(case)
         head = f'<th scope="row"><span>{name}</span></th>'
         body += f'<tr data-case="{name}">{head}{"".join(cells)}</tr>\n'
     groups = [f'<th class="group m-{m}" colspan="{len(regions)}">{COLUMNS[m][0]}</th>'
@@ -142,7 +147,7 @@ def lesions(rows: Sequence[Row]) -> str:
         for low, high in BANDS:
             found = [bool(row["found"]) for row in own if low <= row["volume_ml"] < high]
             cells.append(f"{sum(found)} of {len(found)}" if found else "–")
-        body += _line(_text(region), _text(style), *cells)
+        body += _line(escaped(region), escaped(style), *cells)
     if not body:
         return ""
     bands = [f"{low:g} to {high:g} ml" for low, high in BANDS[1:-1]]
@@ -153,21 +158,20 @@ def lesions(rows: Sequence[Row]) -> str:
 
 
 def pictures(listed: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, str]:
-    """Section -> its pictures, embedded, with links to the files relative to the page."""
-    known = {"cases": "case-pictures"}  # the table of cases has that name in the page
+    """Place in the page -> its pictures, embedded, with links to the files relative to the page."""
+    strange = {p["section"] for p in listed} - PICTURES.keys()
+    if strange:
+        raise ValueError(
+            f"picture of section {sorted(strange)}: expected one of {', '.join(PICTURES)}"
+        )
     result = {}
-    for section in PICTURES:
-        own = [p for p in listed if known.get(p["section"], p["section"]) == section]
+    for section, place in PICTURES.items():
+        own = [picture for picture in listed if picture["section"] == section]
         plots = "plot" if section in ("distributions", "training") else ""
         wide = "" if section == "distributions" else " wide"
         figures = "".join(_figure(picture, folder, plots) for picture in own)
         content = f'<div class="gallery{wide}">{figures}</div>'
-        result[section] = _section(section, content) if own else ""
-    strange = {p["section"] for p in listed} - {*PICTURES, *known}
-    if strange:
-        raise ValueError(
-            f"picture of section {sorted(strange)}: expected one of {', '.join(PICTURES)}, cases"
-        )
+        result[place] = _section(place, content) if own else ""
     return result
 
 
@@ -180,7 +184,8 @@ def run(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     return _section("run", "".join(tables), "run")
 
 
-def _text(value: Any) -> str:
+def escaped(value: Any) -> str:
+    """A value as text for HTML, inside elements and quoted attributes."""
     return html.escape(str(value), quote=True)
 
 
@@ -232,10 +237,10 @@ def _lesion_wise(regions: Mapping[str, Any], bounds: Mapping[str, Any], style: s
         ]
         counts = (region[f"{style}_{key}"] for key in ("tp", "fn", "fp"))
         cells += [f"{(c['mean'] or 0) * c['n']:.0f}" for c in counts]
-        body += _line(_text(name), *cells)
+        body += _line(escaped(name), *cells)
     headings = ["region", "Dice", "HD95 mm", "NSD", "F1", "found", "missed", "false"]
-    table = _table(headings, body, _text(STYLES[style].words), numbers=True)
-    return f"<h3>Lesion-wise, {_text(style)}</h3>{table}" if body else ""
+    table = _table(headings, body, escaped(STYLES[style].words), numbers=True)
+    return f"<h3>Lesion-wise, {escaped(style)}</h3>{table}" if body else ""
 
 
 def _empty(content: Mapping[str, Any]) -> str:
@@ -244,14 +249,15 @@ def _empty(content: Mapping[str, Any]) -> str:
     for side, words in content["conventions"]["empty_rules"].items():
         counts = [str(region["empty"].get(side, 0)) for region in content["regions"].values()]
         where = "in neither" if side == "neither" else f"in {side}"
-        body += _line(_text(where), _text(words), *counts)
-    headings = ["empty", "what counts", *map(_text, content["regions"])]
+        body += _line(escaped(where), escaped(words), *counts)
+    headings = ["empty", "what counts", *map(escaped, content["regions"])]
     caption = "Cases under each rule for a region that one side or both leave empty."
     return f"<h3>Empty regions</h3>{_table(headings, body, caption)}"
 
 
 def _definitions(conventions: Mapping[str, Any]) -> str:
-    body = "".join(_line(_text(k), _text(v)) for k, v in conventions.items() if isinstance(v, str))
+    words = {name: words for name, words in conventions.items() if isinstance(words, str)}
+    body = "".join(_line(escaped(name), escaped(text)) for name, text in words.items())
     return f"<details><summary>How the metrics are defined</summary>{_table([], body)}</details>"
 
 
@@ -266,9 +272,10 @@ def _cell(value: Any, decimals: int, metric: str, first: bool) -> str:
 
 def _heading(words: str, metric: str, first: bool, order: str = "") -> str:
     sort = f' aria-sort="{order}"' if order else ""
+    side = "" if metric == "empty" else "n "  # words stand on the left, numbers on the right
     return (
-        f'<th scope="col" class="n m-{metric}{" first" * first}"{sort}>'
-        f'<button type="button">{_text(words)}</button></th>'
+        f'<th scope="col" class="{side}m-{metric}{" first" * first}"{sort}>'
+        f'<button type="button">{escaped(words)}</button></th>'
     )
 
 
@@ -278,17 +285,18 @@ def _figure(picture: Mapping[str, Any], folder: pathlib.Path, kind: str) -> str:
     for file in (picture["png"], picture.get("csv")):
         if file is not None:
             place = pathlib.PurePath(os.path.relpath(file, folder)).as_posix()
-            links.append(f'<a href="{_text(urllib.parse.quote(place))}">{_text(place)}</a>')
-    title = _text(picture["title"])
+            links.append(f'<a href="{escaped(urllib.parse.quote(place))}">{escaped(place)}</a>')
+    title = escaped(picture["title"])
     return (
         f'<figure class="{kind}"><h3>{title}</h3><img alt="{title}" '
-        f'src="data:image/png;base64,{image}"><figcaption>{_text(picture["caption"])} '
+        f'src="data:image/png;base64,{image}"><figcaption>{escaped(picture["caption"])} '
         f'<span class="screen">As files: {", ".join(links)}</span></figcaption></figure>'
     )
 
 
 def _flat(values: Mapping[str, Any]) -> str:
-    return "".join(_line(_text(key), f"<code>{_text(v)}</code>") for key, v in _items(values, ""))
+    items = _items(values, "")
+    return "".join(_line(escaped(key), f"<code>{escaped(value)}</code>") for key, value in items)
 
 
 def _items(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
