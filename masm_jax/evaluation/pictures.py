@@ -27,6 +27,7 @@ Path = str | os.PathLike
 # hues stay apart for the common colour-vision deficiencies.
 COLOURS = (("#a6ecff", "#0099ff"), ("#fff2a8", "#ff9d00"), ("#ffb8dc", "#ff1f8f"))
 EDGE = [withStroke(linewidth=2.3, foreground="black")]  # pale lines on a bright lesion
+WINDOW = (1, 99.5)  # percentiles of the brain, from black to white
 SHOWN = {"t1ce": "T1ce", "flair": "FLAIR"}  # core and rim show on the first, oedema on the second
 # name -> normal axis, (axis across, axis up), the letters at the left, right, top and bottom edge
 PLANES = {
@@ -69,23 +70,23 @@ def overlay(
         regions: region -> internal values, ordered outer to inner.
     """
     brain = (np.asarray(image) != 0).any(axis=0)
-    centre = _centre(prediction, reference, brain, regions)
+    middle = centre(prediction, reference, brain, regions)
     shown = [name for name in SHOWN if name in modalities] or list(modalities[:2])
     figure = Figure(figsize=(12, 4.2 * len(shown) + 1.2), facecolor="black", layout="constrained")
     for row, modality in enumerate(shown):
         scan = np.asarray(image[list(modalities).index(modality)], np.float32)
-        low, high = np.percentile(scan[brain], (1, 99.5)) if brain.any() else (0.0, 1.0)
+        low, high = np.percentile(scan[brain], WINDOW) if brain.any() else (0.0, 1.0)
         scan = np.where(brain, scan, low)  # z-scores: 0 is the mean grey, air must be black
         for column, (name, (normal, (across, up), letters)) in enumerate(PLANES.items()):
             axes = figure.add_subplot(len(shown), 3, 3 * row + column + 1)
-            axes.imshow(_cut(scan, normal, centre[normal]), cmap="gray", vmin=low,
+            axes.imshow(_cut(scan, normal, middle[normal]), cmap="gray", vmin=low,
                         vmax=max(high, low + 1e-6), origin="lower",
                         aspect=spacing[up] / spacing[across])  # fmt: skip
             for labels, style in ((reference, 0), (prediction, 1)):
                 if labels is not None:
-                    _outline(axes, _cut(np.asarray(labels), normal, centre[normal]), regions, style)
+                    _outline(axes, _cut(np.asarray(labels), normal, middle[normal]), regions, style)
             _dress(axes, scan.shape[across], scan.shape[up], letters)
-            heading = f"{SHOWN.get(modality, modality)}, {name} slice {centre[normal]}"
+            heading = f"{SHOWN.get(modality, modality)}, {name} slice {middle[normal]}"
             axes.set_title(heading, color="white", fontsize=11)
     handles = []
     for i, region in enumerate(regions):
@@ -123,7 +124,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         for name in names:
             steps = sorted(series[name])
             values = [series[name][step] for step in steps]
-            style = ("--" if name.startswith("volume/") else "-") + ("." if len(steps) < 50 else "")
+            style = ("." if len(steps) < 50 else "") + ("--" if name.startswith("volume/") else "-")
             axes.plot(steps, values, style, label=name, linewidth=1.3)
         if not names:
             axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
@@ -137,10 +138,20 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         figure.savefig(temporary, format="png", dpi=100)
 
 
-def _centre(
+def centre(
     prediction: np.ndarray, reference: np.ndarray | None, brain: np.ndarray, regions: Regions
 ) -> tuple[int, ...]:
-    """Voxel in the middle of the largest lesion, or of the brain, or of the grid."""
+    """Voxel in the middle of the largest lesion, or of the brain, or of the grid.
+
+    Args:
+        prediction: (D, H, W) integer internal labels; counts where the reference has no lesion.
+        reference: the same, or None.
+        brain: (D, H, W) bool.
+        regions: region -> internal values.
+
+    Returns:
+        Three indices.
+    """
     tumour = sorted({value for values in regions.values() for value in values})
     for labels in (reference, prediction):
         if labels is not None and (mask := np.isin(labels, tumour)).any():
