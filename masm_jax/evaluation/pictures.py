@@ -107,7 +107,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
     """Draw training loss, Dice, keep ratios and learning rate of a run against the step.
 
     Args:
-        path: the PNG; replaced if there.
+        path: the PNG; replaced if there. Beside it a CSV of the numbers: name, step, value.
         metrics_jsonl: WORKDIR/metrics.jsonl, one JSON object with "step" per line. Where a step
             comes twice (a run that was resumed), the later line counts.
 
@@ -136,6 +136,73 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         axes.legend(fontsize=8, ncols=1 + len(names) // 8)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+    drawn = tuple(prefix for prefixes in CURVES.values() for prefix in prefixes)
+    with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
+        lines = [
+            f"{name},{step},{value!r}\n"
+            for name in series if name.startswith(drawn)
+            for step, value in sorted(series[name].items())
+        ]  # fmt: skip
+        temporary.write_text("name,step,value\n" + "".join(lines), encoding="utf-8")
+
+
+def pruning(
+    path: Path,
+    image: np.ndarray,
+    kept: Mapping[tuple[str, str], np.ndarray],
+    labels: np.ndarray,
+    *,
+    title: str,
+    modalities: Sequence[str],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    regions: Regions = REGIONS,
+) -> None:
+    """Draw where the Modality-Aware mixers took the partner's patch: a row per level.
+
+    Args:
+        path: the PNG; replaced if there. Beside it a CSV: the share kept per level and modality,
+            in the brain and in the outermost region.
+        image: (M, D, H, W) float, RAS, 0 outside the brain.
+        kept: (level, modality) -> (D, H, W) share of the votes of all tiles for keeping, 0 to 1.
+        labels: (D, H, W) integer internal labels, outlined.
+        title: one line above.
+        modalities: names of the M.
+        spacing: voxel edges in mm along D, H, W.
+        regions: region -> internal values.
+    """
+    levels = list(dict.fromkeys(level for level, _ in kept))
+    shown = list(dict.fromkeys(modality for _, modality in kept))
+    brain = (np.asarray(image) != 0).any(axis=0)
+    tumour = np.isin(labels, list(next(iter(regions.values()))))
+    place = centre(labels, labels, brain, regions)
+    figure = Figure(
+        figsize=(2.6 * len(shown), 2.9 * len(levels) + 0.8), facecolor="black", layout="constrained"
+    )
+    panels = figure.subplots(len(levels), len(shown), squeeze=False)
+    for row, level in enumerate(levels):
+        for axes, modality in zip(panels[row], shown):
+            scan = np.asarray(image[list(modalities).index(modality)], np.float32)
+            low, high = np.percentile(scan[brain], WINDOW) if brain.any() else (0.0, 1.0)
+            pruned = np.where(brain, 1 - kept[level, modality], 0)
+            aspect = spacing[1] / spacing[0]
+            axes.imshow(_cut(np.where(brain, scan, low), 2, place[2]), cmap="gray", vmin=low,
+                        vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)  # fmt: skip
+            shade = _cut(pruned, 2, place[2])
+            axes.imshow(np.ma.masked_less(shade, 0.02), cmap="autumn", alpha=0.6 * shade.clip(0, 1),
+                        vmin=0, vmax=1, origin="lower", aspect=aspect)  # fmt: skip
+            _outline(axes, _cut(np.asarray(labels), 2, place[2]), regions, 0)
+            axes.set_axis_off()
+            share = 1 - float(kept[level, modality][brain].mean()) if brain.any() else 0.0
+            axes.set_title(f"{level} {modality}: {share:.0%} pruned", color="white", fontsize=9)
+    figure.suptitle(title, color="white", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+    with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
+        lines = ["level,modality,kept_in_brain,kept_in_tumour\n"]
+        for (level, modality), share in kept.items():
+            inside = f"{share[tumour].mean():.4f}" if tumour.any() else ""
+            lines.append(f"{level},{modality},{share[brain].mean():.4f},{inside}\n")
+        temporary.write_text("".join(lines), encoding="utf-8")
 
 
 def centre(
