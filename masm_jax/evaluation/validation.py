@@ -46,13 +46,13 @@ def pseudo_dice(step, params, crops, mesh, regions):
 
 def volume_dice(segmenter, records, cases):
     """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}."""
-    regions = segmenter.network.regions
+    regions = segmenter.settings.regions
     scores = {name: [] for name in regions}
     for case in cases:
         probabilities = segmenter.probabilities(records.image(case))
         reference = np.asarray(records.label(case))
         spacing = records.meta(case)["record_spacing"]
-        rules = decoding(segmenter.network.config, spacing)
+        rules = decoding(segmenter.settings, spacing)
         predicted = decode(probabilities, regions=regions, **rules)
         for name, values in evaluate(predicted, reference, spacing, regions=regions).items():
             scores[name].append(values["dice"])

@@ -12,9 +12,9 @@ from configs import masm_brats
 from masm_jax import sharding
 from masm_jax.checkpoint import Checkpoints
 from masm_jax.data import cases, nifti, preprocess
-from masm_jax.data.conventions import REGIONS, region_masks
+from masm_jax.data.conventions import MODALITIES, REGIONS, region_masks
 from masm_jax.data.pipeline import Crop
-from masm_jax.inference.volume import Segmenter, decoding, in_scan, load_run
+from masm_jax.inference.volume import Segmenter, Settings, decoding, in_scan, load_run
 
 SHAPE = (12, 15, 10)
 AFFINES = {
@@ -99,15 +99,17 @@ def test_labels_without_a_file_to_follow_get_the_affine(tmp_path):
 class Fixed:
     """A network whose logits are the first modalities, times a weight."""
 
-    def __init__(self, **infer):
-        infer = dict(overlap=0.5, batch=2, flips=(), threshold=(0.5,)) | infer
-        self.config = types.SimpleNamespace(patch=8, infer=types.SimpleNamespace(**infer))
-        self.regions = REGIONS
+    def __init__(self):
         self.tiles = []
 
-    def apply(self, params, x):
+    def __call__(self, params, x):
         self.tiles.append(x.shape)
-        return [jnp.moveaxis(x[:, :3], 1, -1) * params], {}
+        return jnp.moveaxis(x[:, :3], 1, -1) * params
+
+
+def settings(**changes):
+    infer = dict(masm_brats.get_config().infer) | {"batch": 2}
+    return Settings(modalities=MODALITIES, regions=REGIONS, patch=8, **infer | changes)
 
 
 def image(shape):
@@ -120,9 +122,9 @@ def sigmoid(x):
 
 @pytest.mark.parametrize(("devices", "wanted", "batch"), [(1, 2, 2), (4, 2, 4), (4, 5, 8)])
 def test_tiles_are_spread_over_the_devices(devices, wanted, batch):
-    network = Fixed(batch=wanted)
+    network = Fixed()
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    segmenter = Segmenter(network, np.float32(1.0), mesh)
+    segmenter = Segmenter(network, np.float32(1.0), mesh, settings(batch=wanted))
     seen = []
     scan = image((13, 9, 8))
     with jax.transfer_guard("disallow"):  # as in the training loop
@@ -132,9 +134,9 @@ def test_tiles_are_spread_over_the_devices(devices, wanted, batch):
 
 
 def test_new_weights_are_taken_without_compiling_again():
-    network = Fixed(flips=(0,))
+    network = Fixed()
     mesh = sharding.make_mesh(jax.devices()[:1])
-    segmenter = Segmenter(network, np.float32(1.0), mesh)
+    segmenter = Segmenter(network, np.float32(1.0), mesh, settings(flips=(0,)))
     scan = image((8, 8, 8))
     first = segmenter.probabilities(scan)
     segmenter.update(jax.device_put(np.float32(-2.0), sharding.replicated(mesh)))
@@ -149,8 +151,8 @@ def test_a_scan_smaller_than_a_tile_lies_in_it_as_in_training():
     label = np.zeros(scan.shape[1:], np.uint8)
     small = types.SimpleNamespace(image=lambda case: scan, label=lambda case: label)
     crop = Crop(small, ("A",), 8, foreground=0.0)(0, np.random.default_rng(0))
-    network, tiles = Fixed(batch=1), []
-    segmenter = Segmenter(network, np.float32(1.0), sharding.make_mesh(jax.devices()[:1]))
+    mesh, tiles = sharding.make_mesh(jax.devices()[:1]), []
+    segmenter = Segmenter(Fixed(), np.float32(1.0), mesh, settings(batch=1))
     step, segmenter._step = segmenter._step, lambda params, x: tiles.append(x) or step(params, x)
     segmenter.probabilities(scan)
     np.testing.assert_array_equal(tiles[0][0], crop["image"].astype(np.float32))
@@ -187,8 +189,8 @@ def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_confi
     for which, step in (("latest", 2), ("best", 1)):
         segmenter, meta = load_run(tmp_path, which=which)
         assert meta["step"] == step and meta["spacing"] == 2.0
-        assert segmenter.network.modalities == ("t1", "flair")
-        assert segmenter.network.regions == {k: list(v) for k, v in REGIONS.items()}
+        assert segmenter.settings.modalities == ("t1", "flair")
+        assert segmenter.settings.regions == {k: list(v) for k, v in REGIONS.items()}
         for leaf in jax.tree.leaves(segmenter._params):
             assert float(leaf.min()) == float(leaf.max()) == step
             assert len(leaf.sharding.device_set) == len(jax.devices())
@@ -196,9 +198,7 @@ def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_confi
 
 def test_the_minimum_is_a_volume():
     """0.05 ml of voxels of 8 mm3 are 6.25: six are too few, seven are enough."""
-    config = masm_brats.get_config()
-    config.infer.minimum_ml = 0.05
-    assert decoding(config, (2.0, 2.0, 2.0))["minimum"] == 7
-    assert decoding(config, (1.0, 1.0, 1.0))["minimum"] == 50
-    config.infer.minimum_ml = 0.0
-    assert decoding(config, (2.0, 2.0, 2.0))["minimum"] == 0
+    small = settings(minimum_ml=0.05)
+    assert decoding(small, (2.0, 2.0, 2.0))["minimum"] == 7
+    assert decoding(small, (1.0, 1.0, 1.0))["minimum"] == 50
+    assert decoding(settings(minimum_ml=0.0), (2.0, 2.0, 2.0))["minimum"] == 0
