@@ -34,7 +34,13 @@ def main(argv=None):
     # Else every operation carries the path of its line of code on this machine.
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        _export(args)
+        export_run(
+            args.workdir,
+            args.output,
+            which=args.checkpoint,
+            platforms=list(dict.fromkeys(args.platforms.split(","))),
+            given=args.set if args.batch is None else [*args.set, f"infer.batch={args.batch}"],
+        )
     except (ValueError, OSError) as error:
         print(f"export: {error}", file=sys.stderr)
         return runtime.EXIT_ERROR
@@ -59,22 +65,31 @@ def _parser():
     return parser
 
 
-def _export(args):
-    platforms = list(dict.fromkeys(args.platforms.split(",")))
+def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS, given=()):
+    """Write the export of a run.
+
+    Args:
+      workdir: folder written by train.py.
+      output: the folder to write; not there, empty, or an older export.
+      which: "latest" or "best" (by pseudo Dice) checkpoint.
+      platforms: some of ``exported.PLATFORMS``.
+      given: "infer.KEY=VALUE", over the run's (config.override).
+
+    Raises:
+      ValueError: no run, no such platform, or something else is in ``output``.
+    """
     unknown = [name for name in platforms if name not in exported.PLATFORMS]
     if unknown:
         raise ValueError(
-            f"--platforms={args.platforms}: {unknown[0]!r} is none; expected some of "
+            f"--platforms={','.join(platforms)}: {unknown[0]!r} is none; expected some of "
             f"{','.join(exported.PLATFORMS)}"
         )
-    exported.check_target(args.output)
-    given = args.set if args.batch is None else [*args.set, f"infer.batch={args.batch}"]
+    exported.check_target(output)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
-    network, params, meta = restore_run(args.workdir, which=args.checkpoint, mesh=mesh, given=given)
-    weights = by_name(params)
+    network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
     about = {
-        "run": str(args.workdir),
-        "checkpoint": args.checkpoint,
+        "run": str(workdir),
+        "checkpoint": which,
         "step": meta["step"],
         "spacing": meta["spacing"],
         "dtype": network.config.model.dtype,
@@ -84,13 +99,13 @@ def _export(args):
         "guarantee": _GUARANTEE,
     }
     programs = {platform: program(network, params, platform) for platform in platforms}
-    exported.write_export(args.output, programs, weights, Settings.of(network), about)
-    size = sum(path.stat().st_size for path in pathlib.Path(args.output).iterdir())
+    exported.write_export(output, programs, by_name(params), Settings.of(network), about)
+    size = sum(path.stat().st_size for path in pathlib.Path(output).iterdir())
     print(
-        f"{args.output}: step {meta['step']} of {args.workdir}, for {', '.join(platforms)}; "
+        f"{output}: step {meta['step']} of {workdir}, for {', '.join(platforms)}; "
         f"{size / 1e6:.1f} MB"
     )
-    print(f"python -m masm_jax.predict --from_export={args.output} --input=SCANS --output=OUT")
+    print(f"python -m masm_jax.predict --from_export={output} --input=SCANS --output=OUT")
 
 
 def by_name(params):

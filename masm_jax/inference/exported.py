@@ -104,7 +104,14 @@ def load_export(folder, *, mesh=None):
     """
     folder = pathlib.Path(folder)
     about = _read_about(folder)
-    _check_versions(folder, about)
+    try:
+        _check_versions(folder, about)
+        settings = about["settings"]
+        settings = Settings(**settings | {"modalities": tuple(settings["modalities"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / _ABOUT} is not as masm_jax.export wrote it ({error}); export again"
+        ) from error
     platform = jax.export.default_export_platform()
     if platform not in about["platforms"]:
         wanted = ",".join([*about["platforms"], platform])
@@ -117,8 +124,6 @@ def load_export(folder, *, mesh=None):
     with np.load(io.BytesIO(content[_WEIGHTS]), allow_pickle=False) as arrays:
         weights = dict(arrays)
     program = jax.export.deserialize(bytearray(content[program_file(platform)]))
-    settings = about["settings"]
-    settings = Settings(**settings | {"modalities": tuple(settings["modalities"])})
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     return Segmenter(program.call, weights, mesh, settings), about
 
