@@ -19,6 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from masm_jax import config as config_lib
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
@@ -55,7 +56,7 @@ def evaluate(workdir, output):
 
     # ---------------------------------------------------------------- run, cases, references
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
-    config = segmenter.network.config
+    config = config_lib.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)
     cases = _cases(workdir, records, config)
     references = _references(_REFERENCE.value, cases)
@@ -65,7 +66,7 @@ def evaluate(workdir, output):
     # ---------------------------------------------------------------- case by case
     # Segmented here, on the device, while worker processes compare the cases before.
     rows, lesions, failed, grids = [], [], {}, set()
-    jobs = _segmented(segmenter, records, cases, references, output, failed)
+    jobs = _segmented(segmenter, records, cases, references, output, failed, config.evaluation)
     began = time.perf_counter()
     for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
         if scored.problem:
@@ -131,18 +132,17 @@ def _references(folder, cases):
     }
 
 
-def _segmented(segmenter, records, cases, references, output, failed):
+def _segmented(segmenter, records, cases, references, output, failed, wanted):
     """Segment and write one case after the other; what fails is noted and left out."""
-    network = segmenter.network
-    wanted = network.config.evaluation
+    settings = segmenter.settings
     for number, case in enumerate(cases):
         try:
             meta = records.meta(case)
-            rules = decoding(network.config, meta["spacing"])
-            small = decoding(network.config, meta["record_spacing"])
+            rules = decoding(settings, meta["spacing"])
+            small = decoding(settings, meta["record_spacing"])
             probabilities = segmenter.probabilities(records.image(case))
             internal, written = in_scan(probabilities, meta, **rules)
-            drawn = postprocess.decode(probabilities, regions=network.regions, **small)
+            drawn = postprocess.decode(probabilities, regions=settings.regions, **small)
             scan = pathlib.Path(next(iter(meta["files"].values())))
             like = scan if scan.is_file() else np.array(meta["affine"])
             nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
@@ -159,7 +159,7 @@ def _segmented(segmenter, records, cases, references, output, failed):
             scoring.Segmented(
                 case=case,
                 records=records.root,
-                regions={name: tuple(values) for name, values in network.regions.items()},
+                regions={name: tuple(values) for name, values in settings.regions.items()},
                 in_scan=internal,
                 in_record=scoring.pack(drawn),
                 reference=reference,

@@ -23,10 +23,10 @@ from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import pictures, validation
-from masm_jax.inference.volume import Segmenter
+from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
 from masm_jax.state import Network, abstract_state, init_state, num_parameters
-from masm_jax.steps import eval_step, train_step
+from masm_jax.steps import eval_step, segment_step, train_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -50,7 +50,7 @@ def train(config, workdir):
     config_lib.validate_records(config, records)
     split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
     network = Network(config, modalities=records.modalities, regions=records.regions)
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
     start, dice = checkpoints.latest() or 0, None
     _claim(workdir, config, split, started=start > 0)
     log.info(
@@ -138,7 +138,9 @@ def train(config, workdir):
                 dice = scores["val/dice"]
                 log.info("step %d  validation crops: %s", step, _scores(scores))
             if split["val"] and _due(step, config.log.volume_every, config.total_steps):
-                segmenter = segmenter or Segmenter(network, state["ema"], mesh)
+                segmenter = segmenter or Segmenter(
+                    segment_step(network), state["ema"], mesh, Settings.of(network)
+                )
                 segmenter.update(state["ema"])
                 cases = split["val"][: config.log.volumes]
                 drawn = {c: workdir / "overlays" / f"{c}.png" for c in cases[: config.log.overlays]}

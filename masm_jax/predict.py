@@ -2,6 +2,7 @@
 
 python -m masm_jax.predict --workdir=RUN --input=CASE_OR_ROOT --output=OUT
 python -m masm_jax.predict --workdir=RUN --t1=A --t1ce=B --t2=C --flair=D --output=OUT
+python -m masm_jax.predict --from_export=FOLDER ...      (as masm_jax.export writes it; no config)
 
 Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, OUT/CASE.png
 to look at, and OUT/CASE.json with volumes and how they were made. Exit codes: 0 done, 1 an error, 2
@@ -21,6 +22,7 @@ from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
 from masm_jax.inference import postprocess
+from masm_jax.inference.exported import load_export
 from masm_jax.inference.volume import decoding, in_scan, load_run
 
 # What is left of a region where the ones inside it are painted over.
@@ -38,6 +40,8 @@ def main(argv=None):
         parser.error(f"expected --input, or all of {four}; missing: {' '.join(missing)}")
     if args.input is not None and len(missing) < len(conventions.MODALITIES):
         parser.error("--input and files by modality are both given; leave out one")
+    if args.from_export and (args.set or args.checkpoint):
+        parser.error("--set and --checkpoint go with --workdir: give them to masm_jax.export")
     runtime.start()
     try:
         return _predict(args)
@@ -50,7 +54,9 @@ def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m masm_jax.predict", description="Segment scans with a trained run."
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run (train.py --workdir)")
+    network = parser.add_mutually_exclusive_group(required=True)
+    network.add_argument("--workdir", help="folder of the run (train.py --workdir)")
+    network.add_argument("--from_export", metavar="FOLDER", help="of masm_jax.export, not a run")
     parser.add_argument("--input", help="a case folder, or a folder of many")
     for modality in conventions.MODALITIES:
         parser.add_argument(f"--{modality}", metavar="FILE", help="one patient, instead of --input")
@@ -62,7 +68,7 @@ def _parser():
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="of infer., over the run's: infer.flips=(0,1,2); may be repeated",
     )  # fmt: skip
-    parser.add_argument("--checkpoint", choices=("latest", "best"), default="latest")
+    parser.add_argument("--checkpoint", choices=("latest", "best"), help="of the run (latest)")
     parser.add_argument(
         "--probabilities", action="store_true", help="also write OUT/CASE_REGION.nii.gz, 0 to 1"
     )
@@ -71,16 +77,20 @@ def _parser():
 
 def _predict(args):
     cases, problems = _cases(args)
-    segmenter, meta = load_run(args.workdir, which=args.checkpoint, given=args.set)
+    if args.from_export:
+        segmenter, meta = load_export(args.from_export)
+    else:
+        which = args.checkpoint or "latest"
+        segmenter, meta = load_run(args.workdir, which=which, given=args.set)
     failed = {problem.case: str(problem) for problem in problems}
     for number, case in enumerate(cases, 1):
         began = time.perf_counter()
         try:
             found = tuple(case.convention.modalities)
-            if found != segmenter.network.modalities:
+            if found != segmenter.settings.modalities:
                 raise ValueError(
                     f"modalities {', '.join(found)}; the run was trained on "
-                    f"{', '.join(segmenter.network.modalities)}"
+                    f"{', '.join(segmenter.settings.modalities)}"
                 )
             volumes = _one(segmenter, case, meta, args)
         except (ValueError, OSError) as error:
@@ -125,13 +135,11 @@ def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
-    found = suspicion.look(
-        record.image, segmenter.network.modalities, record.meta["record_spacing"]
-    )
+    settings = segmenter.settings
+    found = suspicion.look(record.image, settings.modalities, record.meta["record_spacing"])
     _say(case, found)
-    config = segmenter.network.config
-    rules = decoding(config, record.meta["spacing"])
-    regions = segmenter.network.regions
+    rules = decoding(settings, record.meta["spacing"])
+    regions = settings.regions
 
     def progress(done, tiles):
         _log.info("%s: %d of %d tiles", case.id, done, tiles)
@@ -140,7 +148,7 @@ def _one(segmenter, case, run, args):
     internal, written = in_scan(probabilities, record.meta, **rules)
     nifti.write_labels(output / f"{case.id}.nii.gz", written, like=case.images[0])
     drawn = postprocess.decode(
-        probabilities, regions=regions, **decoding(config, record.meta["record_spacing"])
+        probabilities, regions=regions, **decoding(settings, record.meta["record_spacing"])
     )
     millilitres = 1.0
     for edge in record.meta["spacing"]:
@@ -158,7 +166,7 @@ def _one(segmenter, case, run, args):
         "volumes_ml": volumes,
         "files": record.meta["files"],
         "labels": {value: _WORDS.get(name, name) for name, value in record.meta["paint"].items()},
-        "run": str(args.workdir),
+        "run": str(args.from_export or args.workdir),
         "step": run["step"],
         "rules": rules,
         "input": {"convention": case.convention.name, **found},
@@ -172,7 +180,7 @@ def _one(segmenter, case, run, args):
         drawn,
         None,
         title=f"{case.id}   " + "  ".join(f"{n} {v:.1f} ml" for n, v in volumes.items()),
-        modalities=segmenter.network.modalities,
+        modalities=settings.modalities,
         spacing=record.meta["record_spacing"],
         regions=regions,
     )

@@ -14,6 +14,7 @@ cases: chosen on four fifths of them, measured on the fifth, in turn.
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import logging
@@ -68,8 +69,7 @@ class Case:
         """
         key = json.dumps(infer, sort_keys=True)
         if key not in self._scores:
-            config = types.SimpleNamespace(infer=types.SimpleNamespace(**infer))
-            rules = decoding(config, self.spacing)
+            rules = decoding(types.SimpleNamespace(**infer), self.spacing)
             predicted = postprocess.decode(self._probabilities, regions=self._regions, **rules)
             self._scores[key] = [
                 dice(np.isin(predicted, values), np.isin(self._label, values))
@@ -156,8 +156,8 @@ def _tune(args):
     cases, mirrored, infer, names = [], [], None, []
     for workdir in map(pathlib.Path, args.workdir):
         segmenter, _ = load_run(workdir, which=args.checkpoint)
-        config = segmenter.network.config
-        names = list(segmenter.network.regions)
+        config = config_lib.load(workdir)
+        names = list(segmenter.settings.regions)
         own = {key: config_lib.to_dict(config.infer)[key] for key in _RULES}
         if infer not in (None, own):
             raise ValueError(
@@ -173,7 +173,7 @@ def _tune(args):
                 f"{workdir}: {', '.join(twice[:3])} validate another --workdir too; expected folds "
                 f"of one split, in which every case is validated once"
             )
-        cases += _segmented(segmenter, records, validation, ())
+        cases += _segmented(segmenter, records, validation, segmenter.settings.flips)
         if args.flips:
             mirrored += _segmented(segmenter, records, validation, (0, 1, 2))
     if not cases:
@@ -216,8 +216,8 @@ def _tune(args):
 
 def _segmented(segmenter, records, names, flips):
     """The cases of one run, with a line for each."""
-    config, regions = segmenter.network.config, segmenter.network.regions
-    config_lib.override(config, [f"infer.flips={flips}"])
+    segmenter.settings = dataclasses.replace(segmenter.settings, flips=flips)
+    regions = segmenter.settings.regions
     began, cases = time.perf_counter(), []
     for number, name in enumerate(names, 1):
         label = records.label(name)

@@ -50,13 +50,13 @@ def volume_dice(segmenter, records, cases, overlays=None):
 
     ``overlays``: case -> PNG, of those that are to be drawn.
     """
-    regions = segmenter.network.regions
+    regions = segmenter.settings.regions
     scores = {name: [] for name in regions}
     for case in cases:
         probabilities = segmenter.probabilities(records.image(case))
         reference = np.asarray(records.label(case))
         spacing = records.meta(case)["record_spacing"]
-        rules = decoding(segmenter.network.config, spacing)
+        rules = decoding(segmenter.settings, spacing)
         predicted = decode(probabilities, regions=regions, **rules)
         for name, values in regions.items():
             masks = np.isin(predicted, values), np.isin(reference, values)

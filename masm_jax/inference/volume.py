@@ -1,32 +1,70 @@
-"""One case: a prepared image through the network and back into the grid of its scan."""
+"""One case: a prepared image through the network and back into the grid of its scan.
+
+The network is a function here, of a run (``load_run``) or of an export (inference/exported.py).
+"""
+
+import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from masm_jax import checkpoint, sharding
-from masm_jax import config as config_lib
+from masm_jax import sharding
 from masm_jax.data import preprocess
 from masm_jax.inference import postprocess, sliding_window
-from masm_jax.state import Network, abstract_state
-from masm_jax.steps import segment_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What segmenting has to know beside the network: its input, its output, ``config.infer``.
+
+    Attributes:
+      modalities: names, in the order of the input.
+      regions: {name: internal label values}, outer to inner.
+      patch: edge of a tile in voxels.
+      others: the keys of ``config.infer``, explained in configs/masm_brats.py.
+    """
+
+    modalities: tuple[str, ...]
+    regions: Mapping[str, tuple[int, ...]]
+    patch: int
+    overlap: float
+    batch: int
+    flips: tuple[int, ...]
+    threshold: tuple[float, ...]
+    largest_component: bool
+    fill_holes: bool
+    minimum_ml: float
+
+    @classmethod
+    def of(cls, network):
+        """Those of a network and its config."""
+        which = ("average", "runs")  # say which weights, and are no matter of segmenting
+        infer = {key: value for key, value in network.config.infer.items() if key not in which}
+        return cls(
+            modalities=network.modalities,
+            regions=network.regions,
+            patch=network.config.patch,
+            **infer,
+        )
 
 
 class Segmenter:
     """A network with weights, ready to segment prepared images of any size.
 
     Args:
-      network: the network.
+      step: the network: (params, (b, M, p, p, p) float32) -> (b, p, p, p, R) logits; is compiled.
       params: its weights, on the host or on devices.
       mesh: tiles of a batch are spread over its "data" axis.
+      settings: the ``Settings``.
     """
 
-    def __init__(self, network, params, mesh):
-        self.network, self._mesh = network, mesh
+    def __init__(self, step, params, mesh, settings):
+        self.settings, self._mesh = settings, mesh
         self._params = jax.device_put(params, sharding.replicated(mesh))
-        self._step = jax.jit(segment_step(network))
+        self._step = jax.jit(step)
         devices = mesh.devices.size
-        wanted = network.config.infer.batch
-        self._batch = -(-wanted // devices) * devices  # a whole number of tiles per device
+        self._batch = -(-settings.batch // devices) * devices  # a whole number of tiles per device
 
     def update(self, params):
         """Take other weights (device arrays); nothing is compiled again."""
@@ -42,23 +80,47 @@ class Segmenter:
         Returns:
           (R, D, H, W) float32.
         """
-        config = self.network.config
+        settings = self.settings
         return sliding_window.predict(
             lambda tiles: self._step(
                 self._params, jax.device_put(tiles, sharding.over_batch(self._mesh))
             ),
             np.asarray(image),
-            patch=config.patch,
-            num_regions=len(self.network.regions),
-            overlap=config.infer.overlap,
+            patch=settings.patch,
+            num_regions=len(settings.regions),
+            overlap=settings.overlap,
             batch=self._batch,
-            flips=tuple(config.infer.flips),
+            flips=tuple(settings.flips),
             progress=progress,
         )
 
 
+class Ensemble:
+    """Several networks, such as those of the folds: their probabilities are averaged.
+
+    Args:
+      segmenters: alike in modalities and regions; the settings of the first decide.
+    """
+
+    def __init__(self, segmenters):
+        self.segmenters, self.settings = segmenters, segmenters[0].settings
+
+    def probabilities(self, image, progress=None):
+        """As ``Segmenter.probabilities``."""
+        total = None
+        for number, segmenter in enumerate(self.segmenters):
+
+            def of_all(done, tiles, number=number):
+                if progress is not None:
+                    progress(number * tiles + done, len(self.segmenters) * tiles)
+
+            own = segmenter.probabilities(image, of_all)
+            total = own if total is None else total + own
+        return total / len(self.segmenters)
+
+
 def load_run(workdir, *, which="latest", mesh=None, given=()):
-    """The trained network of a run, with its averaged weights.
+    """The trained network of a run, with its averaged weights; or with those of ``infer.runs``.
 
     Args:
       workdir: folder written by train.py.
@@ -70,32 +132,58 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
       segmenter, and the metadata of the checkpoint (step, modalities, regions, ...).
 
     Raises:
-      ValueError: there is no run or no checkpoint in ``workdir``.
+      ValueError: there is no run or no checkpoint in ``workdir``, or the runs do not fit together.
     """
-    config = config_lib.load(workdir, given)
+    from masm_jax.steps import segment_step
+
     mesh = mesh or sharding.make_mesh(jax.local_devices())
+    network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
+    segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network))
+    others = []
+    for run in network.config.infer.runs:
+        alone = [*given, "infer.runs=()"]
+        other, its_meta = load_run(run, which=which, mesh=mesh, given=alone)
+        for key in ("modalities", "regions", "spacing"):
+            if its_meta[key] != meta[key]:
+                raise ValueError(
+                    f"infer.runs: {key} of {run} is {its_meta[key]}, of {workdir} {meta[key]}; "
+                    f"expected networks of the same task and voxel size"
+                )
+        others.append(other)
+    return (Ensemble([segmenter, *others]) if others else segmenter), meta
+
+
+def restore_run(workdir, *, which, mesh, given=()):
+    """As ``load_run``, but returns network, averaged weights (on the mesh) and metadata."""
+    # Imported here, because an export is run without network, config and checkpoints.
+    from masm_jax import checkpoint
+    from masm_jax import config as config_lib
+    from masm_jax.state import Network, abstract_state
+
+    config = config_lib.load(workdir, given)
     checkpoints = checkpoint.Checkpoints(workdir)
     step = checkpoints.best() if which == "best" else checkpoints.latest()
     if step is None:
         raise ValueError(
             f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?"
         )
+    steps = [step] if which == "best" else checkpoints.newest(config.infer.average)
     meta = checkpoints.meta(step)
     network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))
-    state, meta = checkpoints.restore(step, target)
+    weights = [checkpoints.restore(step, target)[0]["ema"] for step in steps]
     checkpoints.close()
-    return Segmenter(network, state["ema"], mesh), meta
+    return network, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *weights), meta
 
 
-def decoding(config, spacing):
-    """The rules of a config as keywords of ``postprocess.decode``, on a grid of ``spacing`` mm."""
-    infer = config.infer
+def decoding(settings, spacing):
+    """The rules of ``Settings`` as keywords of ``postprocess.decode``, on a grid of spacing mm."""
+    threshold = tuple(settings.threshold)
     return {
-        "threshold": infer.threshold[0] if len(infer.threshold) == 1 else tuple(infer.threshold),
-        "largest": infer.largest_component,
-        "fill": infer.fill_holes,
-        "minimum": int(np.ceil(1000 * infer.minimum_ml / np.prod(spacing))),
+        "threshold": threshold[0] if len(threshold) == 1 else threshold,
+        "largest": settings.largest_component,
+        "fill": settings.fill_holes,
+        "minimum": int(np.ceil(1000 * settings.minimum_ml / np.prod(spacing))),
     }
 
 

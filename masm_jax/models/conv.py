@@ -11,12 +11,31 @@ One function, ``conv``, one result; three ways to compute it:
               ``taps``, for three times the input's memory (docs/decisions.md).
 """
 
+import contextlib
+import contextvars
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 LOWERINGS = ("direct", "taps", "stacked")
 _FASTEST = {"cpu": "stacked", "tpu": "taps"}
+_platform = contextvars.ContextVar("platform", default=None)
+
+
+def fastest(platform):
+    """The lowering for a platform: "cpu", "tpu", "cuda", ..."""
+    return _FASTEST.get(platform, "direct")
+
+
+@contextlib.contextmanager
+def traced_for(platform):
+    """Inside, ``conv`` takes the lowering for ``platform``: for programs that run elsewhere."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
 
 
 def conv(x, kernel, *, stride=1, lowering=None):
@@ -26,7 +45,8 @@ def conv(x, kernel, *, stride=1, lowering=None):
       x: (B, D, H, W, C) features.
       kernel: (k, k, k, C, C_out) with odd k; cast to the dtype of ``x``.
       stride: 1 or 2, the same on every axis.
-      lowering: one of LOWERINGS; None picks the fastest for the default backend.
+      lowering: one of LOWERINGS; None picks the fastest for the default backend, or for the
+        platform of ``traced_for``.
 
     Returns:
       (B, ceil(D / stride), ceil(H / stride), ceil(W / stride), C_out) in the dtype of ``x``.
@@ -35,7 +55,7 @@ def conv(x, kernel, *, stride=1, lowering=None):
     size = kernel.shape[0]
     if size == 1 and stride == 1:
         return x @ kernel[0, 0, 0]
-    lowering = lowering or _FASTEST.get(jax.default_backend(), "direct")
+    lowering = lowering or fastest(_platform.get() or jax.default_backend())
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {LOWERINGS} or None")
     if lowering == "direct":

@@ -57,11 +57,13 @@ class Oracle:
     """Knows the labels, but misses one voxel of every region of the case B."""
 
     def __init__(self):
-        infer = types.SimpleNamespace(
-            threshold=(0.5,), largest_component=False, fill_holes=False, minimum_ml=0.0
+        self.settings = types.SimpleNamespace(
+            regions=REGIONS,
+            threshold=(0.5,),
+            largest_component=False,
+            fill_holes=False,
+            minimum_ml=0.0,
         )
-        config = types.SimpleNamespace(infer=infer)
-        self.network = types.SimpleNamespace(regions=REGIONS, config=config)
 
     def probabilities(self, image):
         label = np.asarray(image[0]).astype(np.uint8)
