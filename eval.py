@@ -40,7 +40,7 @@ from masm_jax.steps import keep_names, keep_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
-    "split", "val", "train, val or test of the run, or a fold such as 2/5."
+    "split", "val", "train, val or test of the run, a fold such as 2/5, or all of the records."
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for report.html, tables, predictions/ ...")
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
@@ -130,10 +130,15 @@ def evaluate(workdir, output):
 def _cases(workdir, records, config):
     named = json.loads((workdir / "split.json").read_text())
     wanted = _SPLIT.value
+    if wanted == "all":
+        if records.root.resolve() == pathlib.Path(config.data.records).resolve():
+            log.warning("--split=all on the records of the run: %d cases were trained on",
+                        len(named["train"]))  # fmt: skip
+        return records.cases
     if wanted not in named:
         if "/" not in wanted:
             raise ValueError(
-                f"--split={wanted}: expected one of {', '.join(named)} or a fold such as 2/5"
+                f"--split={wanted}: expected one of {', '.join(named)}, all, or a fold as 2/5"
             )
         return records_lib.split(records.cases, wanted, config.data.split_seed)["val"]
     if not named[wanted]:
