@@ -24,7 +24,7 @@ from masm_jax.models import conv
 from masm_jax.steps import segment_step
 
 # docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees".
-_GUARANTEE = "jax runs it in versions released up to 6 months later and up to 3 weeks earlier"
+_GUARANTEE = "jax promises to run it in versions up to 6 months newer and 3 weeks older"
 
 
 def main(argv=None):

@@ -37,7 +37,7 @@ def noisy(params, seed):
 def run(make_config, tmp_path_factory):
     """A run with two checkpoints of noise; the averaged weights differ from the others."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    config = make_config(**{"model.mixers": MIXERS, "infer.threshold": (0.3, 0.4, 0.5)})
+    config = make_config(**{"model.mixers": MIXERS, "infer.threshold": (0.02, 0.015, 0.018)})
     config_lib.save(config, workdir)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = network.init(0)
@@ -159,7 +159,7 @@ def test_the_folder_explains_itself(folder, run):
     assert about["convolution"] == {"cpu": "stacked", "cuda": "direct", "tpu": "taps"}
     assert about["notice"] == "research software, not a medical device"
     assert about["settings"]["modalities"] == list(MODALITIES)
-    assert about["settings"]["threshold"] == [0.3, 0.4, 0.5]
+    assert about["settings"]["threshold"] == [0.02, 0.015, 0.018]
     assert about["jax"] == jax.__version__ and "6 months" in about["guarantee"]
     for name, digest in about["sha256"].items():
         content = (folder / name).read_bytes()
@@ -333,6 +333,15 @@ def test_a_damaged_description_is_named(copied):
 def test_an_export_of_another_version_is_refused(copied, changes, words):
     rewrite(copied, **changes)
     with pytest.raises(ValueError, match=words):
+        load_export(copied)
+
+
+def test_a_program_that_this_jax_cannot_read_is_named(copied):
+    name = exported.program_file("cpu")
+    (copied / name).write_bytes(b"of another time")
+    sha256 = json.loads((copied / "export.json").read_text())["sha256"]
+    rewrite(copied, sha256=sha256 | {name: hashlib.sha256(b"of another time").hexdigest()})
+    with pytest.raises(ValueError, match=f"{name} cannot be read by jax .* promises to run it"):
         load_export(copied)
 
 
