@@ -55,6 +55,14 @@ venv: interpreter
 
 test-tools: interpreter
 	$(call install,requirements-test.txt,requirements.txt requirements-test.txt,about 2 GB (1 GB of it torch; more with CUDA))
+	@# The report is tested in a browser: CHROMIUM=/path chooses one, without any the test skips.
+	@for b in "$$CHROMIUM" chromium google-chrome; do command -v "$$b" >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "installing chromium by apt-get, for the test of the report in a browser"; \
+	  { apt-get install -y -q --no-install-recommends chromium \
+	    || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }; \
+	  } >/dev/null 2>&1 || echo "no chromium by apt-get: the browser test will skip"; \
+	fi
 
 # ---------------------------------------------------------------- checks
 

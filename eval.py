@@ -109,7 +109,7 @@ def _cases(workdir, records, config):
             raise ValueError(
                 f"--split={wanted}: expected one of {', '.join(named)} or a fold such as 2/5"
             )
-        return records_lib.split(records.cases, wanted, config.seed)["val"]
+        return records_lib.split(records.cases, wanted, config.data.split_seed)["val"]
     if not named[wanted]:
         raise ValueError(f"--split={wanted}: this run's split.json has no such cases")
     return named[wanted]

@@ -48,7 +48,7 @@ def train(config, workdir):
     config_lib.validate(config)
     records = records_lib.Records(config.data.records)
     config_lib.validate_records(config, records)
-    split = records_lib.split(records.cases, config.data.split, config.seed)
+    split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
     network = Network(config, modalities=records.modalities, regions=records.regions)
     checkpoints = checkpoint.Checkpoints(workdir)
     start, dice = checkpoints.latest() or 0, None
@@ -143,8 +143,9 @@ def train(config, workdir):
                 )
                 segmenter.update(state["ema"])
                 cases = split["val"][: config.log.volumes]
-                scores = validation.volume_dice(segmenter, records, cases)
-                metrics.write(step, scores)
+                drawn = {c: workdir / "overlays" / f"{c}.png" for c in cases[: config.log.overlays]}
+                scores = validation.volume_dice(segmenter, records, cases, drawn)
+                metrics.write(step, scores, pictures=drawn)
                 log.info("step %d  %d validation cases: %s", step, len(cases), _scores(scores))
 
             stopped = bool(stop) or step == config.stop_at_step

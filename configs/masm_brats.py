@@ -27,6 +27,7 @@ def get_config():
     data.spacing = 1.0  # mm of the records, checked against them (0 = whatever they have)
     # "K/N" = fold K of N, "holdout:ID,ID", or a JSON file {"train", "val", "test"}
     data.split = "0/5"
+    data.split_seed = 0  # of the shuffle before "K/N": the folds stay where seed changes
     data.foreground = 1 / 3  # share of crops centred on tumour
     data.workers = 0  # reader processes; 0 reads in threads, enough for memory-mapped records
 
@@ -67,6 +68,7 @@ def get_config():
     log.patches = 64  # how many crops
     log.volume_every = 5000  # steps between full-volume Dice (0 = never)
     log.volumes = 16  # how many validation cases
+    log.overlays = 4  # how many of them are drawn, to overlays/ and TensorBoard
     log.checkpoint_every = 1000  # steps between checkpoints
 
     config.infer = infer = ml_collections.ConfigDict()

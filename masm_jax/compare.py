@@ -12,7 +12,6 @@ in the interval.
 """
 
 import argparse
-import csv
 import math
 import pathlib
 import sys
@@ -47,14 +46,9 @@ def read(run):
             f"has written: python eval.py --workdir={run} --split=val --output={run / 'eval'}"
         )
     table = {}
-    with open(path, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if not {"case", "region"} <= row.keys():
-                raise ValueError(f"{path}: no columns case and region; expected eval.py's table")
-            values = {key: _number(text) for key, text in row.items()}
-            table[row["case"], row["region"]] = {
-                key: value for key, value in values.items() if value is not None
-            }
+    for row in tables.read_csv(path):
+        values = {k: v for k, v in row.items() if isinstance(v, float) and math.isfinite(v)}
+        table[row["case"], row["region"]] = values
     return table
 
 
@@ -195,14 +189,6 @@ def main(argv=None):
         print("fewer than 6 cases: Wilcoxon's p cannot fall below 0.05, whatever the difference")
     print(f"{output}: compare.csv, compare.json, compare.png")
     return 0
-
-
-def _number(text):
-    try:
-        value = float(text)
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
 
 
 def _some(table):

@@ -45,6 +45,7 @@ def validate(config):
         check(log[key] >= 1, f"log.{key}", log[key], "1 or more")
     for key in ("patch_every", "volume_every"):
         check(log[key] >= 0, f"log.{key}", log[key], "0 (never) or a number of steps")
+    check(log.overlays >= 0, "log.overlays", log.overlays, "0 or more")
     for key in ("aware_depth", "shift_depth"):
         check(model[key] >= 1, f"model.{key}", model[key], "1 or more")
     for key in ("learning_rate", "clip_norm"):

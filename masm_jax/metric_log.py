@@ -12,6 +12,7 @@ import pathlib
 import time
 
 import jax
+import matplotlib.image
 from tensorboardX import SummaryWriter
 
 from masm_jax.files import replacing
@@ -67,14 +68,17 @@ class MetricLog:
         self._write_pending()
         self._check(jax.device_get(self._interval))
 
-    def write(self, step, values):
-        """Write a line of host numbers."""
+    def write(self, step, values, pictures=None):
+        """Write a line of host numbers, and to TensorBoard also pictures: name -> PNG file."""
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         for key, value in line.items():
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, step)
+        for name, path in (pictures or {}).items():
+            picture = matplotlib.image.imread(path)[..., :3]
+            self._board.add_image(f"overlay/{name}", picture, step, dataformats="HWC")
 
     def close(self):
         """Close the files; what was handed over is written before."""

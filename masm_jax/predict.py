@@ -19,7 +19,7 @@ import time
 
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
-from masm_jax.data import conventions, nifti, preprocess
+from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
@@ -136,6 +136,8 @@ def _one(segmenter, case, run, args):
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
     settings = segmenter.settings
+    found = suspicion.look(record.image, settings.modalities, record.meta["record_spacing"])
+    _say(case, found)
     rules = decoding(settings, record.meta["spacing"])
     regions = settings.regions
 
@@ -167,6 +169,7 @@ def _one(segmenter, case, run, args):
         "run": str(args.from_export or args.workdir),
         "step": run["step"],
         "rules": rules,
+        "input": {"convention": case.convention.name, **found},
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }
@@ -182,6 +185,20 @@ def _one(segmenter, case, run, args):
         regions=regions,
     )
     return volumes
+
+
+def _say(case, found):
+    """How files were mapped to modalities and what speaks against it."""
+    named = {m: p.name for m, p in zip(case.convention.modalities, case.images)}
+    doubted = any("mixed up" in warning for warning in found["warnings"])
+    checked = "contrast disagrees" if doubted else "contrast agrees"
+    if len({"t1", "t1ce", "t2", "flair"} & named.keys()) < 4:
+        checked = "contrast not checked: other modalities than t1, t1ce, t2, flair"
+    elif not doubted:
+        checked += " (T1 and T1ce: by name alone)"
+    _log.info("%s: %s; %s", case.id, ", ".join(f"{m} = {f}" for m, f in named.items()), checked)
+    for warning in found["warnings"]:
+        _log.warning("%s: %s", case.id, warning)
 
 
 if __name__ == "__main__":

@@ -97,3 +97,34 @@ def segment_step(network):
         return network.apply(params, image)[0][0]
 
     return step
+
+
+def keep_names(network):
+    """(level, modality) of every channel of ``keep_step``; none without Modality-Aware mixers."""
+    members = [modality for pair in network.config.model.pairs for modality in pair]
+    mixers = tuple(network.config.model.mixers)
+    return [
+        (f"level{level}", modality)
+        for level, mixer in enumerate(mixers, 1) if mixer == "aware"
+        for modality in members
+    ]  # fmt: skip
+
+
+def keep_step(network):
+    """Tiles to what the mixers keep of them, voxel by voxel.
+
+    (params, (B, M, p, p, p)) -> (B, p, p, p, K) logits of +-20, channels as ``keep_names``: what
+    averages the probabilities of tiles then averages their decisions.
+    """
+
+    def step(params, image):
+        _, keep = network.apply(params, image)
+        channels = []
+        for level in dict.fromkeys(level for level, _ in keep_names(network)):
+            votes = jnp.moveaxis(keep[level], 1, -1)
+            for axis in (1, 2, 3):
+                votes = jnp.repeat(votes, image.shape[axis + 1] // votes.shape[axis], axis)
+            channels.append(votes)
+        return 40.0 * jnp.concatenate(channels, -1).astype(jnp.float32) - 20.0
+
+    return step

@@ -19,7 +19,7 @@ from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.files import replacing_folder
 from masm_jax.inference import exported
 from masm_jax.inference.exported import load_export
-from masm_jax.inference.volume import Segmenter, load_run
+from masm_jax.inference.volume import load_run
 from masm_jax.models import conv
 from masm_jax.state import Network, init_state
 
@@ -100,8 +100,7 @@ def test_probabilities_are_those_of_the_run(folder, of_run, scan, devices, batch
     segmenter, about = load_export(folder, mesh=mesh)
     assert about["step"] == meta["step"] == 2 and about["spacing"] == meta["spacing"] == 8.0
     assert exported_like(segmenter.settings) == exported_like(settings)
-    changed = dataclasses.replace(segmenter.settings, batch=batch)
-    segmenter = Segmenter(segmenter._step, segmenter._params, mesh, changed)
+    segmenter.settings = dataclasses.replace(segmenter.settings, batch=batch)
     np.testing.assert_allclose(segmenter.probabilities(scan), expected, rtol=0, atol=1e-5)
 
 

@@ -149,8 +149,11 @@ def test_a_run_leaves_its_files(straight, records):
     for name in ("val/dice/WT", "val/dice/TC", "val/dice/ET", "val/dice"):
         assert steps_with(name) == [3, 6]
     assert steps_with("volume/dice/ET") == steps_with("volume/dice") == [6]
-    for name in ("config.json", "split.json", "curves.png", "tensorboard"):
+    for name in ("config.json", "split.json", "curves.png"):
         assert (straight / name).exists()
+    assert (straight / "overlays" / f"{CASES[3]}.png").stat().st_size > 1000
+    (events,) = (straight / "tensorboard").iterdir()
+    assert f"overlay/{CASES[3]}".encode() in events.read_bytes()
     assert json.loads((straight / "split.json").read_text())["val"] == CASES[3:]
     _, meta = state_of(straight)
     assert meta["step"] == STEPS and meta["modalities"] == ["t1", "t1ce", "t2", "flair"]

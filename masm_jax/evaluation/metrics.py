@@ -120,6 +120,25 @@ def evaluate(
     return scores
 
 
+def dice(prediction: np.ndarray, reference: np.ndarray) -> float:
+    """Dice of two (I, J, K) bool masks under ``EMPTY_RULES``."""
+    sizes = int(np.count_nonzero(prediction)), int(np.count_nonzero(reference))
+    rule = EMPTY_RULES[_side(*sizes)]
+    if rule.dice is not None:
+        return rule.dice
+    return 2 * int(np.count_nonzero(prediction & reference)) / sum(sizes)
+
+
+def _side(predicted: int, actual: int) -> str:
+    """Which side is empty: the key of ``EMPTY_RULES``."""
+    return {
+        (True, True): "neither",
+        (False, False): "both",
+        (False, True): "prediction",
+        (True, False): "reference",
+    }[predicted > 0, actual > 0]
+
+
 def _scores(
     prediction: np.ndarray,
     reference: np.ndarray,
@@ -131,14 +150,9 @@ def _scores(
     predicted = int(np.count_nonzero(prediction))
     actual = int(np.count_nonzero(reference))
     hit = int(np.count_nonzero(prediction & reference))
-    side = {
-        (True, True): "neither",
-        (False, False): "both",
-        (False, True): "prediction",
-        (True, False): "reference",
-    }[predicted > 0, actual > 0]
+    side = _side(predicted, actual)
     rule = EMPTY_RULES[side]
-    dice = 2 * hit / (predicted + actual) if rule.dice is None else rule.dice
+    overlap = dice(prediction, reference)
     distance, near = rule.hd95, rule.nsd
     if side == "neither":
         distances = surfaces.surface_distances(prediction, reference, spacing)
@@ -146,12 +160,12 @@ def _scores(
     millilitres = float(np.prod(spacing)) / 1000
     outside = voxels - actual
     return {
-        "dice": dice,
+        "dice": overlap,
         "hd95": distance,
         "nsd": near,
-        "sensitivity": hit / actual if actual else dice,
+        "sensitivity": hit / actual if actual else overlap,
         "specificity": (outside - (predicted - hit)) / outside if outside else 1.0,
-        "precision": hit / predicted if predicted else dice,
+        "precision": hit / predicted if predicted else overlap,
         "volume_ml": predicted * millilitres,
         "reference_ml": actual * millilitres,
         "empty": side,

@@ -27,6 +27,7 @@ Path = str | os.PathLike
 # hues stay apart for the common colour-vision deficiencies.
 COLOURS = (("#a6ecff", "#0099ff"), ("#fff2a8", "#ff9d00"), ("#ffb8dc", "#ff1f8f"))
 EDGE = [withStroke(linewidth=2.3, foreground="black")]  # pale lines on a bright lesion
+WINDOW = (1, 99.5)  # percentiles of the brain, from black to white
 SHOWN = {"t1ce": "T1ce", "flair": "FLAIR"}  # core and rim show on the first, oedema on the second
 # name -> normal axis, (axis across, axis up), the letters at the left, right, top and bottom edge
 PLANES = {
@@ -69,23 +70,23 @@ def overlay(
         regions: region -> internal values, ordered outer to inner.
     """
     brain = (np.asarray(image) != 0).any(axis=0)
-    centre = _centre(prediction, reference, brain, regions)
+    middle = centre(prediction, reference, brain, regions)
     shown = [name for name in SHOWN if name in modalities] or list(modalities[:2])
     figure = Figure(figsize=(12, 4.2 * len(shown) + 1.2), facecolor="black", layout="constrained")
     for row, modality in enumerate(shown):
         scan = np.asarray(image[list(modalities).index(modality)], np.float32)
-        low, high = np.percentile(scan[brain], (1, 99.5)) if brain.any() else (0.0, 1.0)
+        low, high = np.percentile(scan[brain], WINDOW) if brain.any() else (0.0, 1.0)
         scan = np.where(brain, scan, low)  # z-scores: 0 is the mean grey, air must be black
         for column, (name, (normal, (across, up), letters)) in enumerate(PLANES.items()):
             axes = figure.add_subplot(len(shown), 3, 3 * row + column + 1)
-            axes.imshow(_cut(scan, normal, centre[normal]), cmap="gray", vmin=low,
+            axes.imshow(_cut(scan, normal, middle[normal]), cmap="gray", vmin=low,
                         vmax=max(high, low + 1e-6), origin="lower",
                         aspect=spacing[up] / spacing[across])  # fmt: skip
             for labels, style in ((reference, 0), (prediction, 1)):
                 if labels is not None:
-                    _outline(axes, _cut(np.asarray(labels), normal, centre[normal]), regions, style)
+                    _outline(axes, _cut(np.asarray(labels), normal, middle[normal]), regions, style)
             _dress(axes, scan.shape[across], scan.shape[up], letters)
-            heading = f"{SHOWN.get(modality, modality)}, {name} slice {centre[normal]}"
+            heading = f"{SHOWN.get(modality, modality)}, {name} slice {middle[normal]}"
             axes.set_title(heading, color="white", fontsize=11)
     handles = []
     for i, region in enumerate(regions):
@@ -106,7 +107,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
     """Draw training loss, Dice, keep ratios and learning rate of a run against the step.
 
     Args:
-        path: the PNG; replaced if there.
+        path: the PNG; replaced if there. Beside it a CSV of the numbers: name, step, value.
         metrics_jsonl: WORKDIR/metrics.jsonl, one JSON object with "step" per line. Where a step
             comes twice (a run that was resumed), the later line counts.
 
@@ -123,7 +124,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         for name in names:
             steps = sorted(series[name])
             values = [series[name][step] for step in steps]
-            style = ("--" if name.startswith("volume/") else "-") + ("." if len(steps) < 50 else "")
+            style = ("." if len(steps) < 50 else "") + ("--" if name.startswith("volume/") else "-")
             axes.plot(steps, values, style, label=name, linewidth=1.3)
         if not names:
             axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
@@ -135,12 +136,89 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         axes.legend(fontsize=8, ncols=1 + len(names) // 8)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
+    drawn = tuple(prefix for prefixes in CURVES.values() for prefix in prefixes)
+    with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
+        lines = [
+            f"{name},{step},{value!r}\n"
+            for name in series if name.startswith(drawn)
+            for step, value in sorted(series[name].items())
+        ]  # fmt: skip
+        temporary.write_text("name,step,value\n" + "".join(lines), encoding="utf-8")
 
 
-def _centre(
+def pruning(
+    path: Path,
+    image: np.ndarray,
+    kept: Mapping[tuple[str, str], np.ndarray],
+    labels: np.ndarray,
+    *,
+    title: str,
+    modalities: Sequence[str],
+    spacing: Sequence[float] = (1.0, 1.0, 1.0),
+    regions: Regions = REGIONS,
+) -> None:
+    """Draw where the Modality-Aware mixers took the partner's patch: a row per level.
+
+    Args:
+        path: the PNG; replaced if there. Beside it a CSV: the share kept per level and modality,
+            in the brain and in the outermost region.
+        image: (M, D, H, W) float, RAS, 0 outside the brain.
+        kept: (level, modality) -> (D, H, W) share of the votes of all tiles for keeping, 0 to 1.
+        labels: (D, H, W) integer internal labels, outlined.
+        title: one line above.
+        modalities: names of the M.
+        spacing: voxel edges in mm along D, H, W.
+        regions: region -> internal values.
+    """
+    levels = list(dict.fromkeys(level for level, _ in kept))
+    shown = list(dict.fromkeys(modality for _, modality in kept))
+    brain = (np.asarray(image) != 0).any(axis=0)
+    tumour = np.isin(labels, list(next(iter(regions.values()))))
+    place = centre(labels, labels, brain, regions)
+    figure = Figure(
+        figsize=(2.6 * len(shown), 2.9 * len(levels) + 0.8), facecolor="black", layout="constrained"
+    )
+    panels = figure.subplots(len(levels), len(shown), squeeze=False)
+    for row, level in enumerate(levels):
+        for axes, modality in zip(panels[row], shown):
+            scan = np.asarray(image[list(modalities).index(modality)], np.float32)
+            low, high = np.percentile(scan[brain], WINDOW) if brain.any() else (0.0, 1.0)
+            pruned = np.where(brain, 1 - kept[level, modality], 0)
+            aspect = spacing[1] / spacing[0]
+            axes.imshow(_cut(np.where(brain, scan, low), 2, place[2]), cmap="gray", vmin=low,
+                        vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)  # fmt: skip
+            shade = _cut(pruned, 2, place[2])
+            axes.imshow(np.ma.masked_less(shade, 0.02), cmap="autumn", alpha=0.6 * shade.clip(0, 1),
+                        vmin=0, vmax=1, origin="lower", aspect=aspect)  # fmt: skip
+            _outline(axes, _cut(np.asarray(labels), 2, place[2]), regions, 0)
+            axes.set_axis_off()
+            share = 1 - float(kept[level, modality][brain].mean()) if brain.any() else 0.0
+            axes.set_title(f"{level} {modality}: {share:.0%} pruned", color="white", fontsize=9)
+    figure.suptitle(title, color="white", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+    with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
+        lines = ["level,modality,kept_in_brain,kept_in_tumour\n"]
+        for (level, modality), share in kept.items():
+            inside = f"{share[tumour].mean():.4f}" if tumour.any() else ""
+            lines.append(f"{level},{modality},{share[brain].mean():.4f},{inside}\n")
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def centre(
     prediction: np.ndarray, reference: np.ndarray | None, brain: np.ndarray, regions: Regions
 ) -> tuple[int, ...]:
-    """Voxel in the middle of the largest lesion, or of the brain, or of the grid."""
+    """Voxel in the middle of the largest lesion, or of the brain, or of the grid.
+
+    Args:
+        prediction: (D, H, W) integer internal labels; counts where the reference has no lesion.
+        reference: the same, or None.
+        brain: (D, H, W) bool.
+        regions: region -> internal values.
+
+    Returns:
+        Three indices.
+    """
     tumour = sorted({value for values in regions.values() for value in values})
     for labels in (reference, prediction):
         if labels is not None and (mask := np.isin(labels, tumour)).any():

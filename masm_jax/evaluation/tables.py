@@ -28,6 +28,8 @@ TABLE = {  # key -> heading, decimals, whether the median is shown
     "precision": ("precision", 3, False),
 }
 
+WORDS = ("case", "region", "empty", "style", "fold", "found")  # columns that are no numbers
+
 
 def write_metrics_csv(path: Path, rows: Sequence[Row]) -> None:
     """Write one line per case and region: case, region, then every metric any row has.
@@ -42,6 +44,25 @@ def write_metrics_csv(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         writer.writerow(columns)
         writer.writerows([row.get(column) for column in columns] for row in rows)  # None: empty
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv or lesions.csv: numbers as float, empty cells left out.
+
+    Raises:
+        ValueError: no columns case and region, or something else than a number.
+    """
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if not {"case", "region"} <= set(reader.fieldnames or ("case", "region")):
+            raise ValueError(f"{path}: no columns case and region; expected a table of eval.py")
+        try:
+            return [
+                {key: text if key in WORDS else float(text) for key, text in row.items() if text}
+                for row in reader
+            ]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}; expected a table as eval.py wrote it") from error
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ import numpy as np
 
 from masm_jax import sharding
 from masm_jax.data.pipeline import batches
-from masm_jax.evaluation.metrics import evaluate
+from masm_jax.evaluation import pictures
+from masm_jax.evaluation.metrics import dice
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import decoding
 
@@ -39,13 +40,16 @@ def pseudo_dice(step, params, crops, mesh, regions):
     sums = jax.device_get(sums)
     overlap = sum(np.asarray(one["overlap"], np.float64) for one in sums)
     total = sum(np.asarray(one["total"], np.float64) for one in sums)
-    dice = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
-    values = {f"val/dice/{name}": float(value) for name, value in zip(regions, dice)}
-    return values | {"val/dice": float(dice.mean())}
+    shares = np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
+    values = {f"val/dice/{name}": float(value) for name, value in zip(regions, shares)}
+    return values | {"val/dice": float(shares.mean())}
 
 
-def volume_dice(segmenter, records, cases):
-    """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}."""
+def volume_dice(segmenter, records, cases, overlays=None):
+    """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}.
+
+    ``overlays``: case -> PNG, of those that are to be drawn.
+    """
     regions = segmenter.settings.regions
     scores = {name: [] for name in regions}
     for case in cases:
@@ -54,7 +58,19 @@ def volume_dice(segmenter, records, cases):
         spacing = records.meta(case)["record_spacing"]
         rules = decoding(segmenter.settings, spacing)
         predicted = decode(probabilities, regions=regions, **rules)
-        for name, values in evaluate(predicted, reference, spacing, regions=regions).items():
-            scores[name].append(values["dice"])
+        for name, values in regions.items():
+            masks = np.isin(predicted, values), np.isin(reference, values)
+            scores[name].append(dice(*masks))
+        if case in (overlays or {}):
+            pictures.overlay(
+                overlays[case],
+                records.image(case),
+                predicted,
+                reference,
+                title=f"{case}   Dice " + "  ".join(f"{n} {s[-1]:.2f}" for n, s in scores.items()),
+                modalities=records.modalities,
+                spacing=spacing,
+                regions=regions,
+            )
     means = {f"volume/dice/{name}": float(np.mean(values)) for name, values in scores.items()}
     return means | {"volume/dice": float(np.mean(list(means.values())))}

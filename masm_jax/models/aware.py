@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from masm_jax.models.attention import MLP, SelfAttention
-from masm_jax.models.layers import Dense, LayerNorm, repeat3d
+from masm_jax.models.layers import Dense, LayerNorm, upsample
 from masm_jax.models.masking import sample_keep
 from masm_jax.models.tokens import Tokens
 
@@ -80,7 +80,9 @@ class AwareMixer(nnx.Module):
         keep = sample_keep(self.predictor(flat), key, temperature).reshape(batch, count, *grid)
 
         own, other = x[:, members], x[:, partners]
-        mixed = _replace(own, other, repeat3d(keep[..., None], self.tokens.patch))
+        # Blended across the border of a patch: a hard border shows in the segmentation.
+        mask = upsample(keep.reshape(-1, *grid, 1), self.tokens.patch)
+        mixed = _replace(own, other, mask.reshape(*own.shape[:-1], 1))
         swapped = tokens.reshape(batch, -1, 2, *grid, width)[:, :, ::-1].reshape(tokens.shape)
         tokens = _replace(tokens, swapped, keep[..., None])
 

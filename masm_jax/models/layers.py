@@ -33,16 +33,6 @@ def space_to_depth(x, factor):
     return x.reshape(b, d // factor, h // factor, w // factor, factor**3 * c)
 
 
-def repeat3d(x, factor):
-    """Nearest upsampling of (..., D, H, W, C) by an integer factor."""
-    if factor == 1:
-        return x
-    *lead, d, h, w, c = x.shape
-    x = x.reshape(*lead, d, 1, h, 1, w, 1, c)
-    x = jnp.broadcast_to(x, (*lead, d, factor, h, factor, w, factor, c))
-    return x.reshape(*lead, d * factor, h * factor, w * factor, c)
-
-
 def upsample(x, factor):
     """Trilinear upsampling of (B, D, H, W, C) by a whole factor, PyTorch's align_corners=False.
 

@@ -57,11 +57,11 @@ def test_slices_go_through_the_largest_lesion_of_the_reference():
     other = np.zeros_like(labels)
     other[3:5, 3:5, 3:5] = 2
     regions = {"WT": (1, 2, 3)}
-    assert pictures._centre(other, labels | other, brain, regions) == (28, 30, 20)
-    assert pictures._centre(labels, labels * 0, brain, regions) == (28, 30, 20)
+    assert pictures.centre(other, labels | other, brain, regions) == (28, 30, 20)
+    assert pictures.centre(labels, labels * 0, brain, regions) == (28, 30, 20)
     brain[:] = False
     brain[10:13, 10:13, 5:8] = True
-    assert pictures._centre(labels * 0, None, brain, regions) == (11, 11, 6)
+    assert pictures.centre(labels * 0, None, brain, regions) == (11, 11, 6)
 
 
 def test_planes_are_shown_as_a_radiologist_looks():

@@ -74,10 +74,11 @@ class Oracle:
         return probability
 
 
-def test_volume_dice_is_the_mean_over_cases(records):
+def test_volume_dice_is_the_mean_over_cases(records, tmp_path):
     oracle = Oracle()
     oracle.wrong = np.asarray(records.label("B"))
-    scores = validation.volume_dice(oracle, records, CASES)
+    scores = validation.volume_dice(oracle, records, CASES, {"C": tmp_path / "o" / "C.png"})
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["C.png"]
     for name, values in REGIONS.items():
         voxels = np.isin(oracle.wrong, values).sum()
         expected = (1 + 2 * (voxels - 1) / (2 * voxels - 1) + 1) / 3

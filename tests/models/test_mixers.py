@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy import ndimage
 
 from masm_jax.models.aware import AwareMixer
 from masm_jax.models.decoder import Decoder
@@ -40,6 +41,21 @@ def test_pruned_patches_become_the_partners():
     mixed, keep = aware(keep_bias=-20.0)(x)
     assert float(keep.max()) == 0
     np.testing.assert_array_equal(mixed, x[:, np.array([1, 0, 3, 2])])
+
+
+def test_the_border_of_a_pruned_patch_is_blended(monkeypatch):
+    """As SciPy's linear zoom of the mask; the mixer starts as nothing else."""
+    keep = np.ones((SHAPE[0], 4, *GRID), np.float32)
+    keep[:, 0, 1, 0, 1] = 0  # of t1 one patch, whose partner is t1ce
+    flat = jnp.asarray(keep.reshape(SHAPE[0] * 4, -1))
+    monkeypatch.setattr("masm_jax.models.aware.sample_keep", lambda *_: flat)
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    mixed, _ = aware()(x)
+    factor = SHAPE[2] // GRID[0]
+    mask = ndimage.zoom(keep[0, 0], factor, order=1, mode="nearest", grid_mode=True)[..., None]
+    np.testing.assert_allclose(mixed[:, 0], mask * x[:, 0] + (1 - mask) * x[:, 1], atol=1e-5)
+    assert len(np.unique(mask)) > 2
+    np.testing.assert_allclose(mixed[:, 1:], x[:, 1:], atol=1e-5)
 
 
 def test_a_modality_in_no_pair_passes_through():

@@ -103,14 +103,12 @@ def test_space_to_depth_is_the_inverse():
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
-def test_pooling_and_repeating(factor):
+def test_pooling_and_upsampling(factor):
     x = normal(0, 2, 8, 8, 8, 3)
     pooled = layers.average_pool(jnp.asarray(x), factor)
     np.testing.assert_allclose(
         pooled, from_torch(torch.nn.functional.avg_pool3d(to_torch(x), factor)), **TOLERANCE
     )
-    repeated = torch.nn.functional.interpolate(to_torch(x), scale_factor=factor, mode="nearest")
-    np.testing.assert_array_equal(layers.repeat3d(jnp.asarray(x), factor), from_torch(repeated))
     smooth = torch.nn.functional.interpolate(
         to_torch(x), scale_factor=factor, mode="trilinear", align_corners=False
     )
