@@ -50,7 +50,7 @@ def train(config, workdir):
     config_lib.validate_records(config, records)
     split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
     network = Network(config, modalities=records.modalities, regions=records.regions)
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
     start, dice = checkpoints.latest() or 0, None
     _claim(workdir, config, split, started=start > 0)
     log.info(

@@ -70,11 +70,14 @@ def get_config():
     log.volumes = 16  # how many validation cases
     log.overlays = 4  # how many of them are drawn, to overlays/ and TensorBoard
     log.checkpoint_every = 1000  # steps between checkpoints
+    log.keep = 1  # how many of the newest are kept, beside the best
 
     config.infer = infer = ml_collections.ConfigDict()
     infer.overlap = 0.5  # of neighbouring tiles
     infer.batch = 4  # tiles per compiled call
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
+    infer.average = 1  # newest checkpoints whose weights are averaged; log.keep must be as many
+    infer.runs = ()  # folders of more runs, such as folds: probabilities are averaged with theirs
     infer.threshold = (0.5,)  # on the probability: one for all regions, or one each
     infer.largest_component = False  # of the whole tumour keep the largest part alone
     infer.fill_holes = False  # of the whole tumour and the core

@@ -1,8 +1,8 @@
 """Checkpoints: everything Orbax, in one place.
 
-WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newest and the best are
-kept. The data position is the step itself (data/pipeline.py), so that a run resumes on any number
-of devices.
+WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newest (one, or
+``log.keep``) and the best are kept. The data position is the step itself (data/pipeline.py), so
+that a run resumes on any number of devices.
 """
 
 import pathlib
@@ -17,14 +17,15 @@ class Checkpoints:
 
     Args:
       workdir: folder of the run.
+      keep: how many of the newest are kept.
       best: name of the metric in the metadata by which the best is kept; larger is better.
     """
 
-    def __init__(self, workdir, best="val/dice"):
+    def __init__(self, workdir, keep=1, best="val/dice"):
         policies = checkpoint_managers
         keep = policies.AnyPreservationPolicy(
             [
-                policies.LatestN(1),
+                policies.LatestN(keep),
                 policies.BestN(n=1, get_metric_fn=lambda metrics: metrics[best]),
             ]
         )
@@ -67,6 +68,20 @@ class Checkpoints:
     def latest(self):
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
+
+    def newest(self, count):
+        """Steps of the ``count`` newest complete checkpoints.
+
+        Raises:
+          ValueError: there are fewer.
+        """
+        steps = sorted(self._manager.all_steps())[-count:]
+        if len(steps) < count:
+            raise ValueError(
+                f"infer.average = {count}: {self.folder} has {len(steps)} checkpoints; average "
+                f"fewer, or train with log.keep={count}"
+            )
+        return steps
 
     def best(self):
         """Step of the best one by validation Dice; the newest of equals; None without any."""

@@ -51,6 +51,8 @@ def validate(config):
     for key in ("learning_rate", "clip_norm"):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
     check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")
+    check(log.keep >= 1, "log.keep", log.keep, "1 or more")
+    check(config.infer.average >= 1, "infer.average", config.infer.average, "1 or more")
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")

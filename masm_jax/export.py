@@ -87,6 +87,11 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
     exported.check_target(output)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
+    if network.config.infer.runs:
+        raise ValueError(
+            f"infer.runs = {tuple(network.config.infer.runs)}: an export holds one network; export "
+            f"without (--set 'infer.runs=()'), or predict with --workdir"
+        )
     about = {
         "run": str(workdir),
         "checkpoint": which,

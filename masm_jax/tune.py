@@ -173,7 +173,7 @@ def _tune(args):
                 f"{workdir}: {', '.join(twice[:3])} validate another --workdir too; expected folds "
                 f"of one split, in which every case is validated once"
             )
-        cases += _segmented(segmenter, records, validation, ())
+        cases += _segmented(segmenter, records, validation, segmenter.settings.flips)
         if args.flips:
             mirrored += _segmented(segmenter, records, validation, (0, 1, 2))
     if not cases:

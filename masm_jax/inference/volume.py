@@ -39,11 +39,13 @@ class Settings:
     @classmethod
     def of(cls, network):
         """Those of a network and its config."""
+        which = ("average", "runs")  # say which weights, and are no matter of segmenting
+        infer = {key: value for key, value in network.config.infer.items() if key not in which}
         return cls(
             modalities=network.modalities,
             regions=network.regions,
             patch=network.config.patch,
-            **network.config.infer,
+            **infer,
         )
 
 
@@ -91,8 +93,32 @@ class Segmenter:
         )
 
 
+class Ensemble:
+    """Several networks, such as those of the folds: their probabilities are averaged.
+
+    Args:
+      segmenters: alike in modalities and regions; the settings of the first decide.
+    """
+
+    def __init__(self, segmenters):
+        self.segmenters, self.settings = segmenters, segmenters[0].settings
+
+    def probabilities(self, image, progress=None):
+        """As ``Segmenter.probabilities``."""
+        total = None
+        for number, segmenter in enumerate(self.segmenters):
+
+            def of_all(done, tiles, number=number):
+                if progress is not None:
+                    progress(number * tiles + done, len(self.segmenters) * tiles)
+
+            own = segmenter.probabilities(image, of_all)
+            total = own if total is None else total + own
+        return total / len(self.segmenters)
+
+
 def load_run(workdir, *, which="latest", mesh=None, given=()):
-    """The trained network of a run, with its averaged weights.
+    """The trained network of a run, with its averaged weights; or with those of ``infer.runs``.
 
     Args:
       workdir: folder written by train.py.
@@ -104,13 +130,25 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
       segmenter, and the metadata of the checkpoint (step, modalities, regions, ...).
 
     Raises:
-      ValueError: there is no run or no checkpoint in ``workdir``.
+      ValueError: there is no run or no checkpoint in ``workdir``, or the runs do not fit together.
     """
     from masm_jax.steps import segment_step
 
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
-    return Segmenter(segment_step(network), params, mesh, Settings.of(network)), meta
+    segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network))
+    others = []
+    for run in network.config.infer.runs:
+        alone = [*given, "infer.runs=()"]
+        other, its_meta = load_run(run, which=which, mesh=mesh, given=alone)
+        for key in ("modalities", "regions", "spacing"):
+            if its_meta[key] != meta[key]:
+                raise ValueError(
+                    f"infer.runs: {key} of {run} is {its_meta[key]}, of {workdir} {meta[key]}; "
+                    f"expected networks of the same task and voxel size"
+                )
+        others.append(other)
+    return (Ensemble([segmenter, *others]) if others else segmenter), meta
 
 
 def restore_run(workdir, *, which, mesh, given=()):
@@ -127,12 +165,13 @@ def restore_run(workdir, *, which, mesh, given=()):
         raise ValueError(
             f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?"
         )
+    steps = [step] if which == "best" else checkpoints.newest(config.infer.average)
     meta = checkpoints.meta(step)
     network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))
-    state, meta = checkpoints.restore(step, target)
+    weights = [checkpoints.restore(step, target)[0]["ema"] for step in steps]
     checkpoints.close()
-    return network, state["ema"], meta
+    return network, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *weights), meta
 
 
 def decoding(settings, spacing):

@@ -109,6 +109,7 @@ class Fixed:
 
 def settings(**changes):
     infer = dict(masm_brats.get_config().infer) | {"batch": 2}
+    del infer["average"], infer["runs"]
     return Settings(modalities=MODALITIES, regions=REGIONS, patch=8, **infer | changes)
 
 
@@ -172,28 +173,69 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, make_config):
             load_run(tmp_path, which=which)
 
 
-def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_config):
+@pytest.fixture(scope="module")
+def make_run(make_config):
+    """make_run(folder, {step: (weight, dice)}, keep, spacing): every averaged weight is that."""
     from masm_jax import config as config_lib
     from masm_jax.state import Network, init_state
 
     config = make_config(**{"model.mixers": ()})
-    config_lib.save(config, tmp_path)
     network = Network(config, modalities=("t1", "flair"), regions=REGIONS)
     state = jax.jit(lambda params: init_state(network, params))(network.init(0))
-    meta = {"modalities": ["t1", "flair"], "regions": REGIONS, "spacing": 2.0}
-    checkpoints = Checkpoints(tmp_path)
-    for step, dice in ((1, 0.9), (2, 0.1)):
-        ema = jax.tree.map(lambda x, step=step: jnp.full_like(x, step), state["ema"])
-        checkpoints.save(step, state | {"ema": ema}, dice=dice, meta=meta | {"dice": dice})
-    checkpoints.close()
+
+    def make(folder, steps, keep=1, spacing=2.0):
+        folder.mkdir(exist_ok=True)
+        config_lib.save(config, folder)
+        meta = {"modalities": ["t1", "flair"], "regions": REGIONS, "spacing": spacing}
+        checkpoints = Checkpoints(folder, keep=keep)
+        for step, (weight, dice) in steps.items():
+            ema = jax.tree.map(lambda x, weight=weight: jnp.full_like(x, weight), state["ema"])
+            checkpoints.save(step, state | {"ema": ema}, dice=dice, meta=meta | {"dice": dice})
+        checkpoints.close()
+        return folder
+
+    return make
+
+
+def weights_of(segmenter):
+    values = {float(v) for leaf in jax.tree.leaves(segmenter._params) for v in jnp.unique(leaf)}
+    assert len(values) == 1
+    return values.pop()
+
+
+def test_the_latest_or_the_best_averaged_weights_are_loaded(tmp_path, make_run):
+    make_run(tmp_path, {1: (1.0, 0.9), 2: (2.0, 0.1)})
     for which, step in (("latest", 2), ("best", 1)):
         segmenter, meta = load_run(tmp_path, which=which)
         assert meta["step"] == step and meta["spacing"] == 2.0
         assert segmenter.settings.modalities == ("t1", "flair")
         assert segmenter.settings.regions == {k: list(v) for k, v in REGIONS.items()}
+        assert weights_of(segmenter) == step
         for leaf in jax.tree.leaves(segmenter._params):
-            assert float(leaf.min()) == float(leaf.max()) == step
             assert len(leaf.sharding.device_set) == len(jax.devices())
+
+
+def test_weights_of_the_newest_checkpoints_are_averaged(tmp_path, make_run):
+    make_run(tmp_path, {1: (9.0, 0.9), 2: (1.0, 0.1), 3: (2.0, 0.1), 4: (6.0, 0.1)}, keep=3)
+    for count, mean in ((1, 6.0), (2, 4.0), (3, 3.0)):
+        assert weights_of(load_run(tmp_path, given=[f"infer.average={count}"])[0]) == mean
+    assert weights_of(load_run(tmp_path, which="best", given=["infer.average=2"])[0]) == 9.0
+    with pytest.raises(ValueError, match="infer.average = 9.*4 checkpoints.*log.keep=9"):
+        load_run(tmp_path, given=["infer.average=9"])
+
+
+def test_probabilities_of_several_runs_are_averaged(tmp_path, make_run):
+    a, b = (make_run(tmp_path / name, {1: (w, 0.5)}) for name, w in (("a", 0.02), ("b", -0.03)))
+    ensemble, _ = load_run(a, given=[f"infer.runs=({str(b)!r},)"])
+    scan, seen = np.random.default_rng(2).normal(size=(2, 18, 16, 16)).astype(np.float16), []
+    found = ensemble.probabilities(scan, lambda *done: seen.append(done))
+    alone = [load_run(run)[0].probabilities(scan) for run in (a, b)]
+    np.testing.assert_allclose(found, (alone[0] + alone[1]) / 2, atol=1e-6)
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+    assert seen[-1][0] == seen[-1][1] and seen == sorted(seen)
+    other = make_run(tmp_path / "c", {1: (1.0, 0.5)}, spacing=1.0)
+    with pytest.raises(ValueError, match="infer.runs: spacing of .*c is 1.0, of .*a 2.0"):
+        load_run(a, given=[f"infer.runs={str(other)!r}"])
 
 
 def test_the_minimum_is_a_volume():
