@@ -278,6 +278,7 @@ def test_what_cannot_be_exported_is_one_readable_line(command, tmp_path):
         ({"platforms": ["cpu", "gpu"]}, "'gpu' is none; expected some of cpu,cuda,rocm,tpu"),
         ({"given": ["infer.batch=0"]}, "infer.batch = 0: expected 1 or more"),
         ({"given": ["infer.flip=(0,)"]}, "no such key"),
+        ({"given": ["infer.runs=('other',)"]}, "holds one network.*--set='infer.runs="),
     ],
 )
 def test_what_cannot_be_exported_is_said(run, tmp_path, asked, words):
