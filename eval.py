@@ -1,4 +1,4 @@
-"""Evaluate a run on whole cases, as the BraTS challenge does.
+"""Evaluate a run on whole cases, as the BraTS challenge does; report.html shows it all.
 
     python eval.py --workdir=runs/masm --split=val --output=runs/masm/eval [--reference=DIR]
 
@@ -8,6 +8,7 @@ from, else (files gone) the prepared label, in the grid of the records. The outp
 Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,24 +21,34 @@ import numpy as np
 from absl import app, flags
 
 from masm_jax import config as config_lib
-from masm_jax import runtime
+from masm_jax import runtime, sharding
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import scoring, tables
+from masm_jax.evaluation import gallery, report, scoring, tables
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import decoding, in_scan, load_run
+from masm_jax.inference.volume import (
+    Segmenter,
+    Settings,
+    decoding,
+    in_scan,
+    load_run,
+    restore_run,
+)
 from masm_jax.parallel import in_order
+from masm_jax.steps import keep_names, keep_step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
     "split", "val", "train, val or test of the run, or a fold such as 2/5."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "Folder for tables, predictions/ and overlays/.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder for report.html, tables, predictions/ ...")
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
 _RECORDS = flags.DEFINE_string("records", None, "Records, where not those the run was trained on.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which weights.")
-_OVERLAYS = flags.DEFINE_integer("overlays", 50, "How many cases to draw (in overlays/).")
+_REPORT_MB = flags.DEFINE_integer(
+    "report_mb", 200, "Room for scans in report.html, 10^6 bytes: more is finer.", lower_bound=1
+)
 _WORKERS = flags.DEFINE_integer(
     "workers",
     min(4, os.cpu_count() or 1),
@@ -60,13 +71,16 @@ def evaluate(workdir, output):
     records = records_lib.Records(_RECORDS.value or config.data.records)
     cases = _cases(workdir, records, config)
     references = _references(_REFERENCE.value, cases)
+    views = _view_spacing(records, cases)
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
     # ---------------------------------------------------------------- case by case
     # Segmented here, on the device, while worker processes compare the cases before.
     rows, lesions, failed, grids = [], [], {}, set()
-    jobs = _segmented(segmenter, records, cases, references, output, failed, config.evaluation)
+    jobs = _segmented(
+        segmenter, records, cases, references, output, failed, config.evaluation, views
+    )
     began = time.perf_counter()
     for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
         if scored.problem:
@@ -80,22 +94,34 @@ def evaluate(workdir, output):
         dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
         log.info("%d/%d %s  Dice %s  left %.0f s", done, len(cases), scored.case, dice, left)
 
-    # ---------------------------------------------------------------- tables
+    # ---------------------------------------------------------------- tables, report
     if rows:
-        summary = tables.summarise(rows)
-        summary |= {
+        about = {
             "run": str(workdir),
             "step": meta["step"],
             "split": _SPLIT.value,
+            "checkpoint": _CHECKPOINT.value,
             "grid": sorted(grids),
             "failed": failed,
+            "infer": config_lib.to_dict(config.infer),
         }
+        summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
         tables.write_metrics_csv(output / "metrics.csv", rows)
         tables.write_metrics_csv(output / "lesions.csv", lesions)
         tables.write_summary_json(output / "summary.json", summary)
+        gallery.write(
+            output,
+            workdir=workdir,
+            records=records,
+            summary=summary,
+            rows=rows,
+            lesions=lesions,
+            config=config_lib.to_dict(config),
+            kept=_kept(workdir, records),
+        )
         print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
-        print(f"{output}: metrics.csv, lesions.csv, summary.json, predictions/, overlays/")
+        print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
     for case, reason in failed.items():
         print(f"failed: {case}: {reason}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
@@ -132,10 +158,36 @@ def _references(folder, cases):
     }
 
 
-def _segmented(segmenter, records, cases, references, output, failed, wanted):
+def _view_spacing(records, cases):
+    """mm at which the scans of all cases fit into the report."""
+    metas = [records.meta(case) for case in cases]
+    spacing = [min(edges) for edges in zip(*(meta["record_spacing"] for meta in metas))]
+    shapes = [meta["record_shape"] for meta in metas]
+    try:
+        return report.views_spacing(shapes, spacing, len(records.modalities), _REPORT_MB.value)
+    except ValueError as error:
+        raise ValueError(f"--report_mb={_REPORT_MB.value}: {error}") from error
+
+
+def _kept(workdir, records):
+    """Function case -> what the Modality-Aware mixers keep of it, or None without such mixers."""
+    mesh = sharding.make_mesh(jax.local_devices())
+    network, params, _ = restore_run(
+        workdir, which=_CHECKPOINT.value, mesh=mesh, given=_SET.value
+    )
+    names = keep_names(network)
+    if not names:
+        return None
+    channels = {"/".join(name): () for name in names}
+    settings = dataclasses.replace(Settings.of(network), regions=channels, flips=())
+    keeper = Segmenter(keep_step(network), params, mesh, settings)
+    return lambda case: dict(zip(names, keeper.probabilities(records.image(case))))
+
+
+def _segmented(segmenter, records, cases, references, output, failed, wanted, views):
     """Segment and write one case after the other; what fails is noted and left out."""
     settings = segmenter.settings
-    for number, case in enumerate(cases):
+    for case in cases:
         try:
             meta = records.meta(case)
             rules = decoding(settings, meta["spacing"])
@@ -154,7 +206,6 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted):
         source = meta["segmentation"]
         if reference is None and source and pathlib.Path(source).is_file():
             reference = (source, {int(k): v for k, v in meta["labels"].items()})
-        overlay = output / "overlays" / f"{case}.png" if number < _OVERLAYS.value else None
         yield (
             scoring.Segmented(
                 case=case,
@@ -165,7 +216,8 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted):
                 reference=reference,
                 tolerance=wanted.tolerance,
                 styles=tuple(wanted.styles),
-                overlay=overlay,
+                overlay=output / "overlays" / f"{case}.png",
+                view=(gallery.view_file(output, case), views),
             ),
         )
 

@@ -13,7 +13,7 @@ from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.evaluation import validation
 from masm_jax.models.masm import SIZES
 from masm_jax.state import Network, init_state
-from masm_jax.steps import eval_step, segment_step, train_step
+from masm_jax.steps import eval_step, keep_names, keep_step, segment_step, train_step
 
 MIXED = ("aware", "concat", "concat", "concat", "concat", "shift")
 
@@ -262,3 +262,25 @@ def test_segmenting_is_the_training_network_without_noise(make_config, quick_jit
     # Examples do not see each other.
     alone = segment(params, np.stack([image[1], image[1]]))
     np.testing.assert_allclose(alone[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_mixers_keep_voxel_by_voxel(make_config, quick_jit):
+    """Decisions per token, spread over the voxels of the token, by the names of their channels."""
+    config = make_config(**{"model.mixers": MIXED})
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    params = network.init(0)
+    last = params["mixers"]["level1"]["predictor"]["logits"]
+    shape = last["kernel"].shape
+    last["bias"] = np.zeros(2, np.float32)  # of either mind
+    last["kernel"] = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    tiles = batch(2)["image"].astype(np.float32)
+    _, keep = quick_jit(network.apply)(params, tiles)
+    voxels = np.asarray(quick_jit(keep_step(network))(params, tiles))
+    names = keep_names(network)
+    assert names == [("level1", name) for name in MODALITIES]
+    assert voxels.shape == (2, 16, 16, 16, 4) and set(np.unique(voxels)) == {-20, 20}
+    size = 16 // keep["level1"].shape[2]
+    block = np.ones((size, size, size))
+    for channel in range(4):
+        expected = np.kron(np.asarray(keep["level1"])[0, channel], block)
+        np.testing.assert_array_equal(voxels[0, ..., channel] > 0, expected > 0)

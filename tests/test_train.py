@@ -319,6 +319,21 @@ def test_evaluation_leaves_its_files(evaluated, phantoms):
     assert (evaluated / "overlays" / f"{case}.png").stat().st_size > 1000
 
 
+def test_the_report_shows_case_plots_mixers_and_config(evaluated):
+    case, page = CASES[3], (evaluated / "report.html").read_text()
+    assert f'class="view" data-case="{case}"' in page
+    assert "simulated phantoms" in page and "no BraTS results" in page
+    drawn = {path.name for path in (evaluated / "figures").iterdir()}
+    for name in ("dice", "hd95", "nsd", "volume", "curves", f"pruning_{case}"):
+        assert {f"{name}.png", f"{name}.csv"} <= drawn, name
+    with open(evaluated / "figures" / f"pruning_{case}.csv") as file:
+        kept = {(row["level"], row["modality"]): row for row in csv.DictReader(file)}
+    assert len(kept) == 5 * 4
+    assert all(0 <= float(row["kept_in_brain"]) <= 1 for row in kept.values())
+    assert "learning_rate" in page and jax.__version__ in page
+    assert not (evaluated / ".views").exists()
+
+
 def test_without_the_scans_the_records_are_compared(straight, records, command, tmp_path):
     """The best checkpoint, on records whose scans are gone."""
     moved = tmp_path / "records"

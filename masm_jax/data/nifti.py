@@ -64,6 +64,11 @@ def _parse(path: Path) -> nib.Nifti1Image:
     return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(data)
 
 
+def description(path: Path | str) -> str:
+    """The text of the header's field ``descrip``."""
+    return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("utf-8", "replace")
+
+
 def orientation(affine: np.ndarray) -> str:
     """Returns the directions of the voxel axes, such as ``"LPS"``.
 

@@ -4,6 +4,7 @@ A worker process imports this module and no JAX.
 """
 
 import dataclasses
+import json
 import pathlib
 import zlib
 from typing import Any
@@ -12,7 +13,8 @@ import numpy as np
 
 from masm_jax.data import conventions, nifti
 from masm_jax.data.records import Records
-from masm_jax.evaluation import metrics, pictures
+from masm_jax.evaluation import metrics, pictures, views
+from masm_jax.files import replacing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Segmented:
         reference: segmentation file and its label values -> internal; None: that of the record.
         tolerance: of the NSD, mm.
         styles: of the lesion-wise metrics.
-        overlay: where to draw it, or None.
+        overlay: where to draw it.
+        view: file for what the report shows of it, and the spacing of that, mm.
     """
 
     case: str
@@ -39,7 +42,8 @@ class Segmented:
     reference: tuple[str, dict[int, int]] | None
     tolerance: float
     styles: tuple[str, ...]
-    overlay: pathlib.Path | None
+    overlay: pathlib.Path
+    view: tuple[pathlib.Path, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +66,7 @@ def score(segmented: Segmented) -> Scored:
     """Compare a case, and draw it; an error is part of the result."""
     try:
         regions, grid = _metrics(segmented)
-        if segmented.overlay is not None:
-            draw(segmented, regions, segmented.overlay)
+        _show(segmented, regions)
     except (ValueError, OSError) as error:
         return Scored(segmented.case, problem=str(error))
     rows, lesions = [], []
@@ -74,21 +77,19 @@ def score(segmented: Segmented) -> Scored:
     return Scored(segmented.case, rows, lesions, grid)
 
 
-def draw(segmented: Segmented, scores: dict[str, Any], path: pathlib.Path) -> None:
-    """Three slices through the lesion, with the Dice of each region in the title."""
-    records = Records(segmented.records)
-    image = np.asarray(records.image(segmented.case))
-    pictures.overlay(
-        path,
-        image,
-        labels_of(segmented, image.shape[1:]),
-        np.asarray(records.label(segmented.case)),
-        title=f"{segmented.case}   Dice "
-        + "  ".join(f"{name} {values['dice']:.2f}" for name, values in scores.items()),
-        modalities=records.modalities,
-        spacing=records.meta(segmented.case)["record_spacing"],
-        regions=segmented.regions,
-    )
+def _show(segmented: Segmented, scores: dict[str, Any]) -> None:
+    """Three slices through the lesion as a picture, and the scans for the report."""
+    records, case = Records(segmented.records), segmented.case
+    image, label = np.asarray(records.image(case)), np.asarray(records.label(case))
+    drawn, spacing = labels_of(segmented, label.shape), records.meta(case)["record_spacing"]
+    known = {"modalities": records.modalities, "regions": segmented.regions, "spacing": spacing}
+    dice = "  ".join(f"{name} {values['dice']:.2f}" for name, values in scores.items())
+    title = f"{case}   Dice {dice}"
+    pictures.overlay(segmented.overlay, image, drawn, label, title=title, **known)
+    file, view_spacing = segmented.view
+    content = views.view(image, drawn, label, view_spacing=view_spacing, **known)
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def labels_of(segmented: Segmented, shape: tuple[int, ...]) -> np.ndarray:
