@@ -24,7 +24,7 @@ from masm_jax.models import conv
 from masm_jax.steps import segment_step
 
 # docs.jax.dev/en/latest/export/export.html, "Compatibility guarantees".
-_GUARANTEE = "jax runs it in versions released up to 6 months later and up to 3 weeks earlier"
+_GUARANTEE = "jax promises to run it in versions up to 6 months newer and 3 weeks older"
 
 
 def main(argv=None):
@@ -76,7 +76,7 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
       given: "infer.KEY=VALUE", over the run's (config.override).
 
     Raises:
-      ValueError: no run, no such platform, or something else is in ``output``.
+      ValueError: no run, or several; no such platform; or something else is in ``output``.
     """
     unknown = [name for name in platforms if name not in exported.PLATFORMS]
     if unknown:
@@ -87,6 +87,12 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
     exported.check_target(output)
     mesh = sharding.make_mesh(jax.local_devices()[:1])
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
+    infer = network.config.infer
+    if infer.runs:
+        raise ValueError(
+            f"infer.runs = {tuple(infer.runs)}: an export holds one network, expected none; export "
+            f"{workdir} alone: --set='infer.runs=()'"
+        )
     if network.config.infer.runs:
         raise ValueError(
             f"infer.runs = {tuple(network.config.infer.runs)}: an export holds one network; export "
@@ -96,6 +102,7 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
         "run": str(workdir),
         "checkpoint": which,
         "step": meta["step"],
+        "average": 1 if which == "best" else infer.average,
         "spacing": meta["spacing"],
         "dtype": network.config.model.dtype,
         "convolution": {platform: conv.fastest(platform) for platform in platforms},

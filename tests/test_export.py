@@ -19,7 +19,7 @@ from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.files import replacing_folder
 from masm_jax.inference import exported
 from masm_jax.inference.exported import load_export
-from masm_jax.inference.volume import Segmenter, load_run
+from masm_jax.inference.volume import load_run
 from masm_jax.models import conv
 from masm_jax.state import Network, init_state
 
@@ -37,7 +37,7 @@ def noisy(params, seed):
 def run(make_config, tmp_path_factory):
     """A run with two checkpoints of noise; the averaged weights differ from the others."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    config = make_config(**{"model.mixers": MIXERS, "infer.threshold": (0.3, 0.4, 0.5)})
+    config = make_config(**{"model.mixers": MIXERS, "infer.threshold": (0.02, 0.015, 0.018)})
     config_lib.save(config, workdir)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = network.init(0)
@@ -100,8 +100,7 @@ def test_probabilities_are_those_of_the_run(folder, of_run, scan, devices, batch
     segmenter, about = load_export(folder, mesh=mesh)
     assert about["step"] == meta["step"] == 2 and about["spacing"] == meta["spacing"] == 8.0
     assert exported_like(segmenter.settings) == exported_like(settings)
-    changed = dataclasses.replace(segmenter.settings, batch=batch)
-    segmenter = Segmenter(segmenter._step, segmenter._params, mesh, changed)
+    segmenter.settings = dataclasses.replace(segmenter.settings, batch=batch)
     np.testing.assert_allclose(segmenter.probabilities(scan), expected, rtol=0, atol=1e-5)
 
 
@@ -159,7 +158,7 @@ def test_the_folder_explains_itself(folder, run):
     assert about["convolution"] == {"cpu": "stacked", "cuda": "direct", "tpu": "taps"}
     assert about["notice"] == "research software, not a medical device"
     assert about["settings"]["modalities"] == list(MODALITIES)
-    assert about["settings"]["threshold"] == [0.3, 0.4, 0.5]
+    assert about["settings"]["threshold"] == [0.02, 0.015, 0.018]
     assert about["jax"] == jax.__version__ and "6 months" in about["guarantee"]
     for name, digest in about["sha256"].items():
         content = (folder / name).read_bytes()
@@ -279,6 +278,7 @@ def test_what_cannot_be_exported_is_one_readable_line(command, tmp_path):
         ({"platforms": ["cpu", "gpu"]}, "'gpu' is none; expected some of cpu,cuda,rocm,tpu"),
         ({"given": ["infer.batch=0"]}, "infer.batch = 0: expected 1 or more"),
         ({"given": ["infer.flip=(0,)"]}, "no such key"),
+        ({"given": ["infer.runs=('other',)"]}, "holds one network.*--set='infer.runs="),
     ],
 )
 def test_what_cannot_be_exported_is_said(run, tmp_path, asked, words):
@@ -333,6 +333,15 @@ def test_a_damaged_description_is_named(copied):
 def test_an_export_of_another_version_is_refused(copied, changes, words):
     rewrite(copied, **changes)
     with pytest.raises(ValueError, match=words):
+        load_export(copied)
+
+
+def test_a_program_that_this_jax_cannot_read_is_named(copied):
+    name = exported.program_file("cpu")
+    (copied / name).write_bytes(b"of another time")
+    sha256 = json.loads((copied / "export.json").read_text())["sha256"]
+    rewrite(copied, sha256=sha256 | {name: hashlib.sha256(b"of another time").hexdigest()})
+    with pytest.raises(ValueError, match=f"{name} cannot be read by jax .* promises to run it"):
         load_export(copied)
 
 

@@ -123,7 +123,7 @@ def load_export(folder, *, mesh=None):
     content = {name: _read(folder / name, digest) for name, digest in about["sha256"].items()}
     with np.load(io.BytesIO(content[_WEIGHTS]), allow_pickle=False) as arrays:
         weights = dict(arrays)
-    program = jax.export.deserialize(bytearray(content[program_file(platform)]))
+    program = _program(folder / program_file(platform), content[program_file(platform)], about)
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     return Segmenter(program.call, weights, mesh, settings), about
 
@@ -163,6 +163,18 @@ def _check_versions(folder, about):
             f"{made}, in calling convention {about['calling_convention']}; jax {jax.__version__} "
             f"runs {low} to {high}: use a jax closer to {about['jax']}, or export again"
         )
+
+
+def _program(path, content, about):
+    try:
+        program = jax.export.deserialize(bytearray(content))
+        program.mlir_module()  # parsed already here, and not at the first tile
+    except Exception as error:  # of any kind; the bytes are those that were written
+        raise ValueError(
+            f"{path} cannot be read by jax {jax.__version__}, it was written by {about['jax']} "
+            f"({error}); {about['guarantee']}: use such a version, or export again"
+        ) from error
+    return program
 
 
 def _read(path, digest):

@@ -56,15 +56,13 @@ class Segmenter:
       step: the network: (params, (b, M, p, p, p) float32) -> (b, p, p, p, R) logits; is compiled.
       params: its weights, on the host or on devices.
       mesh: tiles of a batch are spread over its "data" axis.
-      settings: the ``Settings``.
+      settings: the ``Settings``; an attribute that may be exchanged.
     """
 
     def __init__(self, step, params, mesh, settings):
         self.settings, self._mesh = settings, mesh
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._step = jax.jit(step)
-        devices = mesh.devices.size
-        self._batch = -(-settings.batch // devices) * devices  # a whole number of tiles per device
 
     def update(self, params):
         """Take other weights (device arrays); nothing is compiled again."""
@@ -80,7 +78,7 @@ class Segmenter:
         Returns:
           (R, D, H, W) float32.
         """
-        settings = self.settings
+        settings, devices = self.settings, self._mesh.devices.size
         return sliding_window.predict(
             lambda tiles: self._step(
                 self._params, jax.device_put(tiles, sharding.over_batch(self._mesh))
@@ -89,7 +87,7 @@ class Segmenter:
             patch=settings.patch,
             num_regions=len(settings.regions),
             overlap=settings.overlap,
-            batch=self._batch,
+            batch=-(-settings.batch // devices) * devices,  # a whole number for each device
             flips=tuple(settings.flips),
             progress=progress,
         )
