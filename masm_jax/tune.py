@@ -14,7 +14,6 @@ cases: chosen on four fifths of them, measured on the fifth, in turn.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import logging
@@ -173,9 +172,11 @@ def _tune(args):
                 f"{workdir}: {', '.join(twice[:3])} validate another --workdir too; expected folds "
                 f"of one split, in which every case is validated once"
             )
-        cases += _segmented(segmenter, records, validation, segmenter.settings.flips)
+        cases += _segmented(segmenter, records, validation)
         if args.flips:
-            mirrored += _segmented(segmenter, records, validation, (0, 1, 2))
+            given = ["infer.flips=(0,1,2)"]
+            segmenter, _ = load_run(workdir, which=args.checkpoint, given=given)
+            mirrored += _segmented(segmenter, records, validation)
     if not cases:
         raise ValueError(f"{', '.join(args.workdir)}: no validation cases in split.json")
 
@@ -214,9 +215,8 @@ def _tune(args):
     return 0
 
 
-def _segmented(segmenter, records, names, flips):
+def _segmented(segmenter, records, names):
     """The cases of one run, with a line for each."""
-    segmenter.settings = dataclasses.replace(segmenter.settings, flips=flips)
     regions = segmenter.settings.regions
     began, cases = time.perf_counter(), []
     for number, name in enumerate(names, 1):
