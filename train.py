@@ -173,7 +173,8 @@ def _due(step, every, last):
 
 
 def _scores(scores):
-    return "  ".join(f"{key.split('/', 1)[1]} {value:.3f}" for key, value in scores.items())
+    dice = {key.split("/", 1)[1]: value for key, value in scores.items() if "/dice" in key}
+    return "  ".join(f"{name} {value:.3f}" for name, value in dice.items())
 
 
 def _claim(workdir, config, split, *, started):

@@ -73,6 +73,7 @@ class MetricLog:
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        self._warn_of_keep_ratio(step, {k: v for k, v in line.items() if v is not None})
         for key, value in line.items():
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, step)
@@ -109,7 +110,6 @@ class MetricLog:
         step, metrics = interval[-1]
         values = {key: float(value) for key, value in metrics.items()} | times
         self.write(step, values)
-        self._warn_of_keep_ratio(step, values)
         _log.info(
             "step %d/%d  loss %.4f  dice loss %.4f  lr %.2e  %.2f steps/s  waiting %.0f%%  left %s",
             step,
@@ -133,20 +133,22 @@ class MetricLog:
                 )
 
     def _warn_of_keep_ratio(self, step, values):
+        left = []
         for key, value in values.items():
-            if not key.startswith("train/keep/") or key in self._warned:
+            if not key.startswith(("train/keep/", "val/keep/")) or key in self._warned:
                 continue
             # A run starts by keeping nearly all (optim.keep_target): too much counts from half on.
             if value < 0.05 or (value > 0.95 and 2 * step >= self._total):
                 self._warned.add(key)
-                _log.warning(
-                    "step %d: %s = %.3f has left [0.05, 0.95]: the mask of this level decides "
-                    "nothing any more (loss.keep_target, loss.ratio_weight, model.keep_bias); said "
-                    "once",
-                    step,
-                    key,
-                    value,
-                )
+                left.append(f"{key} = {value:.3f}")
+        if left:
+            _log.warning(
+                "step %d: %s has left [0.05, 0.95]: the mask decides nothing there any more "
+                "(loss.keep_target, loss.ratio_weight, model.keep_bias; val: without noise); said "
+                "once",
+                step,
+                ", ".join(left),
+            )
 
     def _take_back(self, start_step):
         if not self._path.is_file():

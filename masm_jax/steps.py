@@ -73,18 +73,19 @@ def eval_step(network):
     """Overlap on a batch of patches: (params, batch) -> {"overlap", "total"}: (R,) float32 sums.
 
     2 * overlap / total, summed over many batches, is nnU-Net's "pseudo Dice": of patches, not of
-    cases.
+    cases. "keep": {level: mean of the decisions}, which are made without noise here.
     """
     regions = list(network.regions.values())
 
     def step(params, batch):
-        logits, _ = network.apply(params, batch["image"])
+        logits, keep = network.apply(params, batch["image"])
         predicted = (logits[0] > 0).astype(jnp.float32)
         targets = losses.region_targets(batch["label"], regions)
         axes = (0, 1, 2, 3)
         return {
             "overlap": (predicted * targets).sum(axes),
             "total": predicted.sum(axes) + targets.sum(axes),
+            "keep": {level: ratio.mean() for level, ratio in losses.keep_ratios(keep).items()},
         }
 
     return step

@@ -239,6 +239,23 @@ def test_pseudo_dice_by_hand():
     }
 
 
+def test_validation_says_what_is_kept_without_noise():
+    class Pruning(Fixed):
+        def apply(self, params, x, **_):
+            keep = {"level1": x[:, :2], "level2": 1 - x[:, :1]}
+            return super().apply(params, x)[0], keep
+
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    params = jax.device_put(jnp.float32(1.0), sharding.replicated(mesh))
+    image = np.zeros((1, 2, 1, 1, 4), np.float16)
+    image[0, 0, 0, 0, 0] = 1  # one of eight tokens of level 1 kept, three of four of level 2
+    crop = {"image": image, "label": np.zeros((1, 1, 1, 4), np.uint8)}
+    scores = validation.pseudo_dice(
+        jax.jit(eval_step(Pruning())), params, [crop], mesh, Fixed.regions
+    )
+    assert scores["val/keep/level1"] == 1 / 8 and scores["val/keep/level2"] == 3 / 4
+
+
 def test_a_region_neither_there_nor_predicted_counts_as_one():
     mesh = sharding.make_mesh(jax.devices()[:1])
     params = jax.device_put(jnp.float32(1.0), sharding.replicated(mesh))

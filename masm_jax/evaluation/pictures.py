@@ -38,7 +38,7 @@ PLANES = {
 CURVES = {  # panel -> beginnings of the names drawn in it
     "training loss": ("train/loss", "train/dice_loss", "train/ratio_loss"),
     "validation Dice": ("val/dice", "volume/dice"),
-    "keep ratios": ("train/keep",),
+    "keep ratios": ("train/keep", "val/keep"),
     "learning rate": ("train/learning_rate",),
 }
 
@@ -124,8 +124,9 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
         for name in names:
             steps = sorted(series[name])
             values = [series[name][step] for step in steps]
-            style = ("." if len(steps) < 50 else "") + ("--" if name.startswith("volume/") else "-")
-            axes.plot(steps, values, style, label=name, linewidth=1.3)
+            line = "--" if name.startswith(("volume/", "val/keep")) else "-"
+            dots = "." if len(steps) < 50 else ""
+            axes.plot(steps, values, dots + line, label=name, linewidth=1.3)
         if not names:
             axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
             continue
