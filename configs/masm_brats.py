@@ -61,6 +61,7 @@ def get_config():
     config.gumbel = gumbel = ml_collections.ConfigDict()
     gumbel.start = 1.0  # temperature at the first step
     gumbel.end = 0.3  # and at the last, exponential between
+    gumbel.quiet = 0.75  # share of the run at which the noise has died away, linearly
 
     config.log = log = ml_collections.ConfigDict()
     log.every = 50  # steps between lines of metrics.jsonl

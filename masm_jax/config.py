@@ -90,6 +90,7 @@ def validate(config):
     check(0 < keep_target <= 1, "loss.keep_target", keep_target, "in (0, 1]")
     for key in ("start", "end"):
         check(config.gumbel[key] > 0, f"gumbel.{key}", config.gumbel[key], "above 0")
+    check(config.gumbel.quiet > 0, "gumbel.quiet", config.gumbel.quiet, "above 0 (large: noise)")
     mixers = tuple(model.mixers)
     check(
         not mixers or (len(mixers) == 6 and set(mixers) <= set(MIXERS)),

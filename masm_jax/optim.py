@@ -48,6 +48,16 @@ def temperature(gumbel, total_steps):
     return lambda step: gumbel.start * ratio ** jnp.clip(step / total_steps, 0.0, 1.0)
 
 
+def gumbel_noise(gumbel, total_steps):
+    """Scale of the Gumbel noise: from 1 down to 0 at the share ``quiet`` of the run.
+
+    With noise to the end, "keep every token with 90 %" meets a target of 90 %: patches are replaced
+    by chance while training, and none without noise. Without noise the target can be met by
+    decisions alone.
+    """
+    return lambda step: jnp.clip(1 - step / (gumbel.quiet * total_steps), 0.0, 1.0)
+
+
 def keep_target(loss, total_steps):
     """Target of the keep ratio: from 1 down to ``keep_target`` over the first half of the run.
 

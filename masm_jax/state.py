@@ -45,12 +45,15 @@ class Network:
         model = self._build(init=Initialiser(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def apply(self, params, x, *, key=None, temperature=1.0, deep=False):
-        """x: (B, M, D, H, W) of any float dtype -> (logits, keep), as ``MASM.__call__``."""
+    def apply(self, params, x, *, deep=False, **gumbel):
+        """x: (B, M, D, H, W) of any float dtype -> (logits, keep), as ``MASM.__call__``.
+
+        ``gumbel``: its key, temperature and noise.
+        """
         state = jax.tree.map(lambda leaf: leaf, self._skeleton)  # a copy, not shared between traces
         nnx.replace_by_pure_dict(state, params)
         model = nnx.merge(self._graph, state)
-        return model(x.astype(self.dtype), key=key, temperature=temperature, deep=deep)
+        return model(x.astype(self.dtype), deep=deep, **gumbel)
 
 
 def init_state(network, params):

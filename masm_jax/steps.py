@@ -22,6 +22,7 @@ def train_step(network):
     tx = optim.optimiser(config.optim, config.total_steps)
     schedule = optim.learning_rate(config.optim, config.total_steps)
     temperature = optim.temperature(config.gumbel, config.total_steps)
+    noise = optim.gumbel_noise(config.gumbel, config.total_steps)
     keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
@@ -34,9 +35,8 @@ def train_step(network):
         heat = temperature(state["step"])
 
         def loss_fn(params):
-            logits, keep = network.apply(
-                params, image, key=gumbel_key, temperature=heat, deep=True
-            )
+            gumbel = {"key": gumbel_key, "temperature": heat, "noise": noise(state["step"])}
+            logits, keep = network.apply(params, image, deep=True, **gumbel)
             segmentation, parts = losses.segmentation_loss(
                 logits, targets, batch_dice=config.loss.batch_dice
             )

@@ -62,6 +62,13 @@ def test_temperature_falls_exponentially():
     np.testing.assert_allclose([temperature(s) for s in (0, 50, 100, 200)], expected, rtol=1e-6)
 
 
+def test_the_noise_dies_away():
+    gumbel = masm_brats.get_config().gumbel
+    gumbel.quiet = 0.5
+    noise = optim.gumbel_noise(gumbel, 100)
+    np.testing.assert_allclose([noise(s) for s in (0, 25, 50, 100)], [1, 0.5, 0, 0], atol=1e-6)
+
+
 def test_keep_target_falls_over_the_first_half():
     loss = masm_brats.get_config().loss
     loss.keep_target = 0.6

@@ -59,13 +59,14 @@ class AwareMixer(nnx.Module):
         self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 
-    def __call__(self, x, key=None, temperature=1.0):
+    def __call__(self, x, key=None, temperature=1.0, noise=1.0):
         """Mix the pairs.
 
         Args:
           x: (B, M, D, H, W, C) features of one level.
           key: PRNG key while training, None otherwise.
           temperature: of the Gumbel-Softmax.
+          noise: scale of its noise.
 
         Returns:
           (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M'
@@ -77,7 +78,8 @@ class AwareMixer(nnx.Module):
         tokens = self.tokens.encode(x)[:, members]
         grid, width = tokens.shape[2:5], tokens.shape[-1]
         flat = tokens.reshape(batch * count, -1, width)
-        keep = sample_keep(self.predictor(flat), key, temperature).reshape(batch, count, *grid)
+        keep = sample_keep(self.predictor(flat), key, temperature, noise)
+        keep = keep.reshape(batch, count, *grid)
 
         own, other = x[:, members], x[:, partners]
         # Blended across the border of a patch: a hard border shows in the segmentation.

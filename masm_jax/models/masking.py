@@ -11,7 +11,7 @@ import jax.numpy as jnp
 _EPS = 1e-6  # of DynamicViT's softmax_with_policy
 
 
-def sample_keep(logits, key, temperature):
+def sample_keep(logits, key, temperature, noise=1.0):
     """Keep or prune every token.
 
     With a key: a hard Gumbel-Softmax sample whose gradient is that of the soft one
@@ -21,6 +21,7 @@ def sample_keep(logits, key, temperature):
       logits: (B, N, 2), [..., 0] for keep and [..., 1] for prune.
       key: a JAX PRNG key, or None outside training.
       temperature: of the Gumbel-Softmax, > 0.
+      noise: scale of the Gumbel noise; 0 decides as without a key, but has the gradient.
 
     Returns:
       (B, N) float32 of 0 and 1.
@@ -30,7 +31,7 @@ def sample_keep(logits, key, temperature):
     margin = (logits[..., 0] - logits[..., 1]).astype(jnp.float32)
     if key is None:
         return (margin >= 0).astype(jnp.float32)
-    noisy = margin + jax.random.logistic(key, margin.shape)
+    noisy = margin + noise * jax.random.logistic(key, margin.shape)
     soft = jax.nn.sigmoid(noisy / temperature)
     hard = (noisy >= 0).astype(jnp.float32)
     return hard + soft - jax.lax.stop_gradient(soft)

@@ -144,13 +144,14 @@ class MASM(nnx.Module):
             init=init,
         )
 
-    def __call__(self, x, *, key=None, temperature=1.0, deep=False):
+    def __call__(self, x, *, key=None, temperature=1.0, noise=1.0, deep=False):
         """Segment.
 
         Args:
           x: (B, M, D, H, W) in the compute dtype, z-scored; D = H = W = patch.
           key: PRNG key of the Gumbel noise while training; None decides without noise.
           temperature: of the Gumbel-Softmax.
+          noise: scale of its noise.
           deep: also return the logits of the lower levels.
 
         Returns:
@@ -172,7 +173,8 @@ class MASM(nnx.Module):
             scans = folded.reshape(batch, modalities, *folded.shape[1:])
             if name == "aware":
                 level_key = None if key is None else jax.random.fold_in(key, level)
-                scans, keep[_key(level)] = self.mixers[_key(level)](scans, level_key, temperature)
+                mixer = self.mixers[_key(level)]
+                scans, keep[_key(level)] = mixer(scans, level_key, temperature, noise)
             elif name == "shift":
                 scans = self.mixers[_key(level)](scans)
             skips.append(self.fuse[level](_modalities_as_channels(scans)))

@@ -25,6 +25,17 @@ def test_with_a_key_it_is_hard_and_follows_the_softmax():
     assert float(keep.mean()) == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
 
 
+def test_without_noise_it_is_the_argmax_with_a_gradient():
+    x, key = logits(), jax.random.key(0)
+    keep = sample_keep(x, key, 0.5, 0.0)
+    np.testing.assert_allclose(keep, sample_keep(x, None, 1.0), atol=1e-6)
+    gradient = jax.grad(lambda x: sample_keep(x, key, 0.5, 0.0).sum())(x)
+    soft = jax.nn.sigmoid((x[..., 0] - x[..., 1]) / 0.5)
+    np.testing.assert_allclose(gradient[..., 0], soft * (1 - soft) / 0.5, rtol=1e-4, atol=1e-6)
+    half = sample_keep(jnp.broadcast_to(jnp.array([0.5, 0.0]), (1, 40_000, 2)), key, 0.5, 0.5)
+    assert float(half.mean()) == pytest.approx(1 / (1 + np.exp(-1)), abs=0.01)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_gradient_is_that_of_the_soft_sample(temperature):
     x, key = logits(), jax.random.key(3)
