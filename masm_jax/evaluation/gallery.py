@@ -91,12 +91,12 @@ def _case(output, which, case, rows):
 
 def _pruning(path, records, case, kept):
     """Draw it; the share of the brain that was pruned, mean over levels and modalities."""
-    image = np.asarray(records.image(case))
+    image, label = np.asarray(records.image(case)), records.label(case)
     pictures.pruning(
         path,
         image,
         kept,
-        np.asarray(records.label(case)),
+        np.zeros(image.shape[1:], np.uint8) if label is None else np.asarray(label),
         title=f"{case}: what the mixers pruned",
         modalities=records.modalities,
         spacing=records.meta(case)["record_spacing"],

@@ -80,8 +80,9 @@ def score(segmented: Segmented) -> Scored:
 def _show(segmented: Segmented, scores: dict[str, Any]) -> None:
     """Three slices through the lesion as a picture, and the scans for the report."""
     records, case = Records(segmented.records), segmented.case
-    image, label = np.asarray(records.image(case)), np.asarray(records.label(case))
-    drawn, spacing = labels_of(segmented, label.shape), records.meta(case)["record_spacing"]
+    image, label = np.asarray(records.image(case)), records.label(case)  # label: None with another
+    drawn = labels_of(segmented, image.shape[1:])  # reference than the one it was prepared with
+    spacing = records.meta(case)["record_spacing"]
     known = {"modalities": records.modalities, "regions": segmented.regions, "spacing": spacing}
     dice = "  ".join(f"{name} {values['dice']:.2f}" for name, values in scores.items())
     title = f"{case}   Dice {dice}"
@@ -107,7 +108,12 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
         "styles": segmented.styles,
     }
     if segmented.reference is None:
-        label = np.asarray(records.label(segmented.case))
+        label = records.label(segmented.case)
+        if label is None:
+            raise ValueError(
+                "it was prepared without a segmentation, so there is nothing to compare with; give "
+                "one by --reference=FOLDER, or segment it with masm_jax.predict"
+            )
         drawn = labels_of(segmented, label.shape)
         return metrics.evaluate(drawn, label, meta["record_spacing"], **asked), "the records"
     file, values = segmented.reference
