@@ -30,6 +30,7 @@ from masm_jax.inference import postprocess
 from masm_jax.inference.volume import (
     Segmenter,
     Settings,
+    check_task,
     decoding,
     in_scan,
     load_run,
@@ -56,7 +57,7 @@ _WORKERS = flags.DEFINE_integer(
     lower_bound=0,
 )
 _SET = flags.DEFINE_multi_string(
-    "set", [], "KEY=VALUE of infer. or evaluation., such as infer.flips=(0,1,2); may be repeated."
+    "set", [], "KEY=VALUE of infer. or evaluation., such as infer.flips=0,1,2; may be repeated."
 )
 log = logging.getLogger("masm_jax.eval")
 
@@ -69,10 +70,16 @@ def evaluate(workdir, output):
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
     config = config_lib.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)
+    check_task(
+        meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
+        where=records.root,
+    )  # fmt: skip
     cases = _cases(workdir, records, config)
+    trained = _trained_on(workdir, config, cases)
     references = _references(_REFERENCE.value, cases)
     views = _view_spacing(records, cases)
     (output / "predictions").mkdir(parents=True, exist_ok=True)
+    gallery.clear(output)
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
     # ---------------------------------------------------------------- case by case
@@ -82,33 +89,40 @@ def evaluate(workdir, output):
         segmenter, records, cases, references, output, failed, config.evaluation, views
     )
     began = time.perf_counter()
-    for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
-        if scored.problem:
-            failed[scored.case] = scored.problem
-            log.error("%s failed: %s", scored.case, scored.problem)
-            continue
-        rows, lesions = rows + scored.rows, lesions + scored.lesions
-        grids.add(scored.grid)
-        done = len({row["case"] for row in rows} | failed.keys())
-        left = (time.perf_counter() - began) / done * (len(cases) - done)
-        dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
-        log.info("%d/%d %s  Dice %s  left %.0f s", done, len(cases), scored.case, dice, left)
+    try:
+        for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
+            rows, lesions = rows + scored.rows, lesions + scored.lesions
+            if scored.problem:
+                failed[scored.case] = scored.problem
+                log.error("%s failed: %s", scored.case, scored.problem)
+            if not scored.rows:
+                continue
+            grids.add(scored.grid)
+            done = len({row["case"] for row in rows} | failed.keys())
+            left = (time.perf_counter() - began) / done * (len(cases) - done)
+            dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
+            log.info("%d/%d %s  Dice %s  left %.0f s", done, len(cases), scored.case, dice, left)
+    except ValueError as error:  # a worker died: what is scored is written all the same
+        failed |= dict.fromkeys(set(cases) - {row["case"] for row in rows} - failed.keys(), error)
 
     # ---------------------------------------------------------------- tables, report
+    about = {
+        "run": str(workdir),
+        "step": meta["step"],
+        "split": _SPLIT.value,
+        "checkpoint": _CHECKPOINT.value,
+        "grid": sorted(grids),
+        "failed": {case: str(reason) for case, reason in failed.items()},
+        "infer": config_lib.to_dict(config.infer),
+        "evaluation": config_lib.to_dict(config.evaluation),
+        "trained_on": trained,
+        "tuned_on": sorted(set(config_lib.tuned_on(workdir)) & set(cases)),
+    }
+    summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
+    tables.write_summary_json(output / "summary.json", summary)
     if rows:
-        about = {
-            "run": str(workdir),
-            "step": meta["step"],
-            "split": _SPLIT.value,
-            "checkpoint": _CHECKPOINT.value,
-            "grid": sorted(grids),
-            "failed": failed,
-            "infer": config_lib.to_dict(config.infer),
-        }
-        summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
         tables.write_metrics_csv(output / "metrics.csv", rows)
         tables.write_metrics_csv(output / "lesions.csv", lesions)
-        tables.write_summary_json(output / "summary.json", summary)
         gallery.write(
             output,
             workdir=workdir,
@@ -117,7 +131,7 @@ def evaluate(workdir, output):
             rows=rows,
             lesions=lesions,
             config=config_lib.to_dict(config),
-            kept=_kept(workdir, records),
+            kept=_kept(workdir, records, config),
         )
         print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
@@ -131,9 +145,6 @@ def _cases(workdir, records, config):
     named = json.loads((workdir / "split.json").read_text())
     wanted = _SPLIT.value
     if wanted == "all":
-        if records.root.resolve() == pathlib.Path(config.data.records).resolve():
-            log.warning("--split=all on the records of the run: %d cases were trained on",
-                        len(named["train"]))  # fmt: skip
         return records.cases
     if wanted not in named:
         if "/" not in wanted:
@@ -144,6 +155,19 @@ def _cases(workdir, records, config):
     if not named[wanted]:
         raise ValueError(f"--split={wanted}: this run's split.json has no such cases")
     return named[wanted]
+
+
+def _trained_on(workdir, config, cases):
+    """Which of the cases the run, or one averaged with it, was trained on; says so."""
+    trained = set()
+    for run in (workdir, *map(pathlib.Path, config.infer.runs)):
+        trained |= set(json.loads((run / "split.json").read_text())["train"])
+    seen = sorted(trained & set(cases)) if _SPLIT.value != "train" else []
+    same = not _RECORDS.value or pathlib.Path(_RECORDS.value) == pathlib.Path(config.data.records)
+    if seen:
+        doubt = "" if same else " (by name: --records may hold others of the same name)"
+        log.warning("%d of %d cases were trained on%s", len(seen), len(cases), doubt)
+    return seen if same else []
 
 
 def _references(folder, cases):
@@ -165,7 +189,14 @@ def _references(folder, cases):
 
 def _view_spacing(records, cases):
     """mm at which the scans of all cases fit into the report."""
-    metas = [records.meta(case) for case in cases]
+    metas = []
+    for case in cases:
+        try:
+            metas.append(records.meta(case))
+        except (ValueError, OSError):
+            continue  # said when its turn comes
+    if not metas:
+        return 1.0
     spacing = [min(edges) for edges in zip(*(meta["record_spacing"] for meta in metas))]
     shapes = [meta["record_shape"] for meta in metas]
     try:
@@ -174,15 +205,15 @@ def _view_spacing(records, cases):
         raise ValueError(f"--report_mb={_REPORT_MB.value}: {error}") from error
 
 
-def _kept(workdir, records):
+def _kept(workdir, records, config):
     """Function case -> what the Modality-Aware mixers keep of it, or None without such mixers."""
+    if "aware" not in tuple(config.model.mixers):
+        return None
     mesh = sharding.make_mesh(jax.local_devices())
     network, params, _ = restore_run(
         workdir, which=_CHECKPOINT.value, mesh=mesh, given=_SET.value
     )
     names = keep_names(network)
-    if not names:
-        return None
     channels = {"/".join(name): () for name in names}
     settings = dataclasses.replace(Settings.of(network), regions=channels, flips=())
     keeper = Segmenter(keep_step(network), params, mesh, settings)
@@ -232,7 +263,7 @@ def main(_):
     runtime.start()
     try:
         sys.exit(evaluate(_WORKDIR.value, _OUTPUT.value))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(runtime.EXIT_ERROR)
 

@@ -52,14 +52,19 @@ def validate(config):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
     check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")
     check(log.keep >= 1, "log.keep", log.keep, "1 or more")
-    check(config.infer.average >= 1, "infer.average", config.infer.average, "1 or more")
+    check(
+        1 <= config.infer.average <= log.keep,
+        "infer.average",
+        config.infer.average,
+        f"1 to log.keep ({log.keep}): no more of the newest checkpoints are kept",
+    )
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
     check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
     threshold = tuple(config.infer.threshold)
     check(
-        threshold and all(0 < t < 1 for t in threshold),
+        threshold and all(isinstance(t, int | float) and 0 < t < 1 for t in threshold),
         "infer.threshold",
         threshold,
         "numbers in (0, 1): one for all regions, or one each",
@@ -134,12 +139,7 @@ def validate_records(config, records):
             f"have spacing {records.spacing or 'of the scans'}; set config.data.spacing to it (0 "
             f"takes any), or prepare again with --spacing={config.data.spacing}"
         )
-    thresholds = len(config.infer.threshold)
-    if thresholds not in (1, len(records.regions)):
-        raise ValueError(
-            f"config.infer.threshold = {tuple(config.infer.threshold)}: {thresholds} numbers for "
-            f"the regions {', '.join(records.regions)}; expected one, or one for each"
-        )
+    check_thresholds(config, records.regions)
     named = {modality for pair in config.model.pairs for modality in pair}
     missing = sorted(named - set(records.modalities))
     if missing and "aware" in tuple(config.model.mixers):
@@ -149,12 +149,18 @@ def validate_records(config, records):
         )
 
 
+def tuned_on(workdir):
+    """The cases on which WORKDIR/infer.json was chosen; none without one."""
+    path = pathlib.Path(workdir) / TUNED
+    return json.loads(path.read_text()).get("cases", []) if path.is_file() else []
+
+
 def override(config, given):
     """Set keys of ``infer`` and ``evaluation``: what may change after training.
 
     Args:
       config: a ConfigDict; changed in place.
-      given: strings such as "infer.flips=(0,1,2)", "infer.threshold=0.4".
+      given: strings such as "infer.flips=0,1,2", "infer.threshold=0.4".
 
     Raises:
       ValueError: no such key, or a value that it cannot have.
@@ -162,7 +168,7 @@ def override(config, given):
     for text in given:
         key, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {text}: expected KEY=VALUE, such as infer.flips=(0,1,2)")
+            raise ValueError(f"--set {text}: expected KEY=VALUE, such as infer.flips=0,1,2")
         try:
             value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -193,6 +199,20 @@ def _set(section, name, value, where):
     section[name] = value
 
 
+def check_thresholds(config, regions):
+    """One threshold, or one for each region.
+
+    Raises:
+      ValueError: another number.
+    """
+    thresholds = len(config.infer.threshold)
+    if thresholds not in (1, len(regions)):
+        raise ValueError(
+            f"config.infer.threshold = {tuple(config.infer.threshold)}: {thresholds} numbers for "
+            f"the regions {', '.join(regions)}; expected one, or one for each"
+        )
+
+
 def to_dict(config):
     """A config as plain JSON types: tuples become lists."""
     return json.loads(config.to_json())
@@ -214,12 +234,13 @@ def save(config, workdir):
         temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load(workdir, given=()):
+def load(workdir, given=(), tuned=True):
     """Read WORKDIR/config.json into a locked ConfigDict, with the values of WORKDIR/infer.json.
 
     Args:
       workdir: folder of a run.
       given: as of ``override``; they come before what ``masm_jax.tune`` has written to infer.json.
+      tuned: take that file.
 
     Raises:
       ValueError: there is none (not the folder of a run), it cannot be read, or a key is missing or
@@ -240,13 +261,13 @@ def load(workdir, given=()):
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    tuned = path.with_name(TUNED)
-    if tuned.is_file():
+    chosen = path.with_name(TUNED)
+    if tuned and chosen.is_file():
         try:
-            values = json.loads(tuned.read_text())["infer"]
+            values = json.loads(chosen.read_text())["infer"]
             override(config, [f"infer.{key}={value!r}" for key, value in values.items()])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{tuned}: {error}; mend it, or delete it and tune again") from error
+            raise ValueError(f"{chosen}: {error}; mend it, or delete it and tune again") from error
     override(config, given)
     return config
 

@@ -60,7 +60,7 @@ def _parser():
     parser.add_argument("--batch", type=int, help="tiles per call (default: the run's infer.batch)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="of infer., over the run's: infer.flips=(0,1,2); may be repeated",
+        help="of infer., over the run's: infer.flips=0,1,2; may be repeated",
     )  # fmt: skip
     return parser
 
@@ -92,11 +92,6 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
         raise ValueError(
             f"infer.runs = {tuple(infer.runs)}: an export holds one network, expected none; export "
             f"{workdir} alone: --set='infer.runs=()'"
-        )
-    if network.config.infer.runs:
-        raise ValueError(
-            f"infer.runs = {tuple(network.config.infer.runs)}: an export holds one network; export "
-            f"without (--set 'infer.runs=()'), or predict with --workdir"
         )
     about = {
         "run": str(workdir),

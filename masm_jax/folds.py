@@ -31,13 +31,13 @@ def gather(runs):
         runs: folders of runs, each with its evaluation on ``val`` in ``eval/``.
 
     Returns:
-        rows, lesions (of metrics.csv and lesions.csv, with "fold": the name of the run), failed
+        rows, lesions (of metrics.csv and lesions.csv, with "fold": the folder of the run), failed
         {case: reason}.
 
     Raises:
         ValueError: the runs are not the folds of one cross-validation.
     """
-    rows, lesions, failed, seen, first = [], [], {}, {}, None
+    rows, lesions, failed, seen, first, evaluated = [], [], {}, {}, None, None
     for run in map(pathlib.Path, runs):
         config = config_lib.to_dict(config_lib.load(run))
         split = json.loads((run / "split.json").read_text())
@@ -53,6 +53,14 @@ def gather(runs):
             seen[case] = run
         summary = _summary(run)
         failed |= summary["failed"]
+        how = {key: summary.get(key) for key in ("infer", "evaluation", "checkpoint", "grid")}
+        evaluated = evaluated or how
+        for key, value in how.items():
+            if value != evaluated[key]:
+                raise ValueError(
+                    f"{run / 'eval'} has {key} {value}, {first[0] / 'eval'} {evaluated[key]}; "
+                    f"expected folds evaluated alike; evaluate again"
+                )
         table, listed = (
             tables.read_csv(run / "eval" / name) for name in ("metrics.csv", "lesions.csv")
         )
@@ -63,8 +71,8 @@ def gather(runs):
                 f"{run / 'eval'}: scored {len(scored)} cases, expected the {len(split['val'])} of "
                 f"its val in split.json; evaluate again with --split=val"
             )
-        rows += [row | {"fold": run.name} for row in table]
-        lesions += [row | {"fold": run.name} for row in listed]
+        rows += [row | {"fold": str(run)} for row in table]
+        lesions += [row | {"fold": str(run)} for row in listed]
     unseen = sorted(first[2] - seen.keys())
     if unseen:
         raise ValueError(

@@ -53,8 +53,8 @@ def in_order(
     except concurrent.futures.BrokenExecutor as error:
         raise ValueError(
             f"a worker process died ({error}; often: out of memory"
-            f"{f', a worker needs about {needs}' if needs else ''}); what is finished is kept; run "
-            f"again with --workers below {workers}"
+            f"{f', a worker needs about {needs}' if needs else ''}); run again with --workers "
+            f"below {workers}"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

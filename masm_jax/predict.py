@@ -23,7 +23,7 @@ from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
-from masm_jax.inference.volume import decoding, in_scan, load_run
+from masm_jax.inference.volume import check_task, decoding, in_scan, load_run
 
 # What is left of a region where the ones inside it are painted over.
 _WORDS = {"WT": "oedema", "TC": "necrosis and non-enhancing core", "ET": "enhancing tumour"}
@@ -40,12 +40,18 @@ def main(argv=None):
         parser.error(f"expected --input, or all of {four}; missing: {' '.join(missing)}")
     if args.input is not None and len(missing) < len(conventions.MODALITIES):
         parser.error("--input and files by modality are both given; leave out one")
+    if args.input is not None and args.case:
+        parser.error("--case names the one patient of --t1 ... --flair; leave it out with --input")
+    if args.input is None and args.description:
+        parser.error("--description goes with --input; files by modality are those of BraTS")
+    if args.case and pathlib.Path(args.case).name != args.case:
+        parser.error(f"--case={args.case}: expected a name for files, without folders")
     if args.from_export and (args.set or args.checkpoint):
         parser.error("--set and --checkpoint go with --workdir: give them to masm_jax.export")
     runtime.start()
     try:
         return _predict(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"predict: {error}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
@@ -66,7 +72,7 @@ def _parser():
     parser.add_argument("--description", help="description file of another data set (docs/data.md)")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
-        help="of infer., over the run's: infer.flips=(0,1,2); may be repeated",
+        help="of infer., over the run's: infer.flips=0,1,2; may be repeated",
     )  # fmt: skip
     parser.add_argument("--checkpoint", choices=("latest", "best"), help="of the run (latest)")
     parser.add_argument(
@@ -82,16 +88,18 @@ def _predict(args):
     else:
         which = args.checkpoint or "latest"
         segmenter, meta = load_run(args.workdir, which=which, given=args.set)
-    failed = {problem.case: str(problem) for problem in problems}
+    failed = {}
+    for problem in problems:
+        failed[problem.case] = "; ".join(filter(None, [failed.get(problem.case), str(problem)]))
     for number, case in enumerate(cases, 1):
         began = time.perf_counter()
         try:
-            found = tuple(case.convention.modalities)
-            if found != segmenter.settings.modalities:
-                raise ValueError(
-                    f"modalities {', '.join(found)}; the run was trained on "
-                    f"{', '.join(segmenter.settings.modalities)}"
-                )
+            task = case.convention
+            check_task(
+                {"modalities": segmenter.settings.modalities, "regions": segmenter.settings.regions,
+                 "spacing": None},
+                modalities=task.modalities, regions=task.regions, spacing=None, where=case.id,
+            )  # fmt: skip
             volumes = _one(segmenter, case, meta, args)
         except (ValueError, OSError) as error:
             failed[case.id] = str(error)
@@ -107,8 +115,9 @@ def _predict(args):
             time.perf_counter() - began,
         )
     print(f"{len({case.id for case in cases} - failed.keys())} cases in {args.output}")
-    for reason in failed.values():
-        print(f"failed: {reason}", file=sys.stderr)
+    for name, reason in failed.items():
+        named = reason if reason.startswith(name) else f"{name}: {reason}"
+        print(f"failed: {named}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
@@ -136,7 +145,8 @@ def _one(segmenter, case, run, args):
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
     settings = segmenter.settings
-    found = suspicion.look(record.image, settings.modalities, record.meta["record_spacing"])
+    known = record.meta["record_spacing"], record.meta["covered"]
+    found = suspicion.look(record.image, settings.modalities, *known)
     _say(case, found)
     rules = decoding(settings, record.meta["spacing"])
     regions = settings.regions

@@ -32,7 +32,7 @@ from masm_jax.evaluation.metrics import dice
 from masm_jax.evaluation.surfaces import joint_box
 from masm_jax.files import replacing
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import decoding, load_run
+from masm_jax.inference.volume import check_task, decoding, load_run
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)
 MINIMUM_ML = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -54,7 +54,7 @@ class Case:
     """
 
     def __init__(self, name, probabilities, label, spacing, regions):
-        likely = probabilities.max(0) > min(THRESHOLDS)
+        likely = probabilities.max(0) > 0.1  # below all thresholds in use
         box = joint_box(likely, label, margin=1)  # a hole must not become open at the edge
         self.name, self.spacing, self._regions = name, spacing, regions
         self._probabilities = probabilities[(slice(None), *box)].astype(np.float16)
@@ -146,7 +146,7 @@ def main(argv=None):
     runtime.start()
     try:
         return _tune(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"tune: {error}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
@@ -154,8 +154,8 @@ def main(argv=None):
 def _tune(args):
     cases, mirrored, infer, names = [], [], None, []
     for workdir in map(pathlib.Path, args.workdir):
-        segmenter, _ = load_run(workdir, which=args.checkpoint)
-        config = config_lib.load(workdir)
+        segmenter, meta = load_run(workdir, which=args.checkpoint)
+        config = config_lib.load(workdir, tuned=False)  # not what was chosen before
         names = list(segmenter.settings.regions)
         own = {key: config_lib.to_dict(config.infer)[key] for key in _RULES}
         if infer not in (None, own):
@@ -165,6 +165,10 @@ def _tune(args):
             )
         infer = own
         records = records_lib.Records(args.records or config.data.records)
+        check_task(
+            meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
+            where=records.root,
+        )  # fmt: skip
         validation = json.loads((workdir / "split.json").read_text())["val"]
         twice = sorted({case.name for case in cases} & set(validation))
         if twice:
@@ -174,7 +178,7 @@ def _tune(args):
             )
         cases += _segmented(segmenter, records, validation)
         if args.flips:
-            given = ["infer.flips=(0,1,2)"]
+            given = ["infer.flips=0,1,2"]
             segmenter, _ = load_run(workdir, which=args.checkpoint, given=given)
             mirrored += _segmented(segmenter, records, validation)
     if not cases:
@@ -182,16 +186,18 @@ def _tune(args):
 
     started = mean_dice(cases, infer)
     chosen = choose(cases, infer, len(names))
-    after, honest = mean_dice(cases, chosen), cross_fitted(cases, infer, len(names))
-    tried = [("as it stands", infer, started)]
+    after = mean_dice(cases, chosen)
+    honest = cross_fitted(cases, infer, len(names)) if len(cases) > 1 else None
+    tried = [("as configured", infer, started)]
     for _, candidates in steps(infer, len(names)):
         tried += [
             (_changes(infer, c), c, mean_dice(cases, c)) for c in candidates if _changes(infer, c)
         ]
     tried.append(("chosen: " + (_changes(infer, chosen) or "nothing"), chosen, after))
-    tried.append((f"chosen on other cases ({min(PARTS, len(cases))} parts)", None, honest))
+    if honest is not None:
+        tried.append((f"chosen on other cases ({min(PARTS, len(cases))} parts)", None, honest))
     if args.flips:
-        tried.append(("flips=(0,1,2), else as it stands", infer, mean_dice(mirrored, infer)))
+        tried.append(("flips=0,1,2, else as configured", infer, mean_dice(mirrored, infer)))
     print(_table(names, tried, started))
     print(f"mean Dice of {len(cases)} cases in the grid of the records")
     if len(cases) < 10:
@@ -202,7 +208,9 @@ def _tune(args):
         "infer": chosen,
         "dice": dict(zip(names, after)) | {"mean": after.mean()},
         "dice_before": dict(zip(names, started)) | {"mean": started.mean()},
-        "dice_chosen_on_other_cases": dict(zip(names, honest)) | {"mean": honest.mean()},
+        "dice_chosen_on_other_cases": None
+        if honest is None
+        else dict(zip(names, honest)) | {"mean": honest.mean()},
         "cases": [case.name for case in cases],
         "runs": args.workdir,
         "checkpoint": args.checkpoint,

@@ -50,13 +50,13 @@ def gather(runs, *names):
 def test_every_case_once_and_the_mean_over_all(runs, capsys):
     assert gather(runs) == 0
     said = capsys.readouterr().out
-    assert "fold 2: 2 cases" in said
+    assert f"fold {runs / '2'}: 2 cases" in said
     summary = json.loads((runs / "all" / "summary.json").read_text())
     assert summary["cases"] == 7
     assert summary["regions"]["WT"]["dice"]["mean"] == pytest.approx(0.4)
     rows = tables.read_csv(runs / "all" / "metrics.csv")
     assert sorted({row["case"] for row in rows}) == CASES
-    assert {row["fold"] for row in rows} == {"0", "1", "2"}
+    assert {row["fold"] for row in rows} == {str(runs / name) for name in "012"}
     assert len(tables.read_csv(runs / "all" / "lesions.csv")) == 3
     both = compare.compare(compare.read(runs / "all"), compare.read(runs / "all"), ["dice"])
     assert [row["n"] for row in both] == [7, 7]
@@ -103,3 +103,11 @@ def test_failed_cases_are_listed_at_the_end(runs, capsys):
     tables.write_summary_json(path / "summary.json", {"failed": {lost: "no such file"}})
     assert gather(runs) == 3
     assert f"failed: {lost}: no such file" in capsys.readouterr().err
+
+
+def test_folds_evaluated_in_another_way(runs, capsys):
+    tables.write_summary_json(
+        runs / "1" / "eval" / "summary.json", {"failed": {}, "checkpoint": "best"}
+    )
+    assert gather(runs) == 1
+    assert "expected folds evaluated alike" in capsys.readouterr().err

@@ -64,6 +64,8 @@ def preprocess(case: Case, *, spacing: float | None = None) -> Record:
     voxels = [
         np.ascontiguousarray(nifti.to_canonical(image, affine)[box], np.float32) for image in images
     ]
+    shown = (float((v != 0).sum() / brain.sum()) for v in voxels)
+    covered = dict(zip(case.convention.modalities, shown))
     hashes = {m: _digest(v) for m, v in zip(case.convention.modalities, voxels)}
     image, intensity = _normalise(case, voxels, brain)
     input_spacing = nifti.canonical_spacing(affine)
@@ -105,6 +107,7 @@ def preprocess(case: Case, *, spacing: float | None = None) -> Record:
         "intensity": intensity,
         "volumes_ml": volumes,
         "hashes": hashes,
+        "covered": covered,
     }
     return Record(np.clip(image, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16), label, meta)
 

@@ -29,21 +29,26 @@ PREPARE = (
 )
 
 
-def look(image: np.ndarray, modalities: Sequence[str], spacing: Sequence[float]) -> dict[str, Any]:
+def look(
+    image: np.ndarray,
+    modalities: Sequence[str],
+    spacing: Sequence[float],
+    covered: Mapping[str, float],
+) -> dict[str, Any]:
     """Look at a prepared case.
 
     Args:
         image: (M, D, H, W) float16 or float32, RAS+, cropped to the brain, 0 outside it.
         modalities: names of the M.
         spacing: mm along D, H, W.
+        covered: modality -> share of the brain of all where the file was not 0 (meta of a record).
 
     Returns:
         "warnings": sentences, none where all looks well; "brain_litres"; "contrast": modality ->
         {"white_grey", "csf_grey"}, mean differences of intensity rank between tissues, in (-1, 1).
     """
     image = np.asarray(image, np.float32)
-    inside = image != 0
-    brain = inside.any(0)
+    brain = (image != 0).any(0)
     litres = float(brain.sum() * np.prod(spacing)) / 1e6
     warnings = []
     if not BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
@@ -53,7 +58,6 @@ def look(image: np.ndarray, modalities: Sequence[str], spacing: Sequence[float])
             f"the image is not 0 in {litres:.1f} litres, a brain has {BRAIN_LITRES[0]} to "
             f"{BRAIN_LITRES[1]}: {what}; {PREPARE}"
         )
-    covered = {name: float(mask.sum() / brain.sum()) for name, mask in zip(modalities, inside)}
     short = [f"{name} {share:.0%}" for name, share in covered.items() if share < COVERED]
     if short:
         warnings.append(

@@ -53,7 +53,8 @@ def write(
     figures = output / "figures"
     shown, pruned = report.distributions(figures, rows), []
     for which, case in report.chosen(rows):
-        shown.append(_case(output, which, case, rows))
+        if (output / "overlays" / f"{case}.png").is_file():
+            shown.append(_case(output, which, case, rows))
         if kept is not None:
             path = figures / f"pruning_{case}.png"
             shares = kept(case)
@@ -79,7 +80,15 @@ def write(
         about=_about(summary),
         notes=_notes(summary, records, rows, pruned),
     )
-    shutil.rmtree(output / _VIEWS)
+    shutil.rmtree(output / _VIEWS, ignore_errors=True)
+
+
+def clear(output: pathlib.Path) -> None:
+    """Remove what an earlier evaluation has left there and this one may not write again."""
+    for name in ("report.html", "metrics.csv", "lesions.csv", "summary.json"):
+        (output / name).unlink(missing_ok=True)
+    for name in ("figures", _VIEWS):
+        shutil.rmtree(output / name, ignore_errors=True)
 
 
 def _case(output, which, case, rows):
@@ -113,7 +122,8 @@ def _picture(section, title, caption, png, csv):
 
 def _views(output, rows):
     for case in dict.fromkeys(row["case"] for row in rows):
-        yield case, json.loads(view_file(output, case).read_text())
+        if view_file(output, case).is_file():  # else it was not drawn, which eval.py has said
+            yield case, json.loads(view_file(output, case).read_text())
 
 
 def _about(summary):
@@ -144,6 +154,17 @@ def _notes(summary, records, rows, pruned):
             "Without the noise of the training the Modality-Aware mixers pruned nothing here: what "
             "they pruned in training was drawn by chance."
         )
+    if summary["trained_on"]:
+        notes.append(
+            f"{len(summary['trained_on'])} of {summary['cases']} cases were trained on: what the "
+            f"network knows by heart flatters it."
+        )
+    if summary["tuned_on"]:
+        notes.append(
+            f"The rules of infer.json were chosen on {len(summary['tuned_on'])} of these cases."
+        )
+    if summary["checkpoint"] == "best" and summary["split"] == "val":
+        notes.append("The checkpoint was chosen by crops of these cases: the scores flatter.")
     cases = summary["cases"]
     if cases < 10:
         notes.append(f"{cases} cases say little about other cases; see the intervals.")

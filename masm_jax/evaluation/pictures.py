@@ -98,7 +98,7 @@ def overlay(
                            frameon=False, labelcolor="white", handlelength=3.5, fontsize=11,
                            title="R is the patient's right")  # fmt: skip
     legend.get_title().set_color("white")
-    figure.suptitle(title, color="white", fontsize=14)
+    figure.suptitle(title, color="white", fontsize=14, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -195,7 +195,7 @@ def pruning(
             axes.set_axis_off()
             share = 1 - float(kept[level, modality][brain].mean()) if brain.any() else 0.0
             axes.set_title(f"{level} {modality}: {share:.0%} pruned", color="white", fontsize=9)
-    figure.suptitle(title, color="white", fontsize=11)
+    figure.suptitle(title, color="white", fontsize=11, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
     with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:

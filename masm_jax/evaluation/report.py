@@ -66,7 +66,7 @@ def write(
     js, niivue = _script("page.js"), _script("niivue.js")
     about_niivue = (PAGE / "NIIVUE.md").read_text(encoding="utf-8")
     listed = {
-        "summary": sections.summary(summary, intervals(rows)),
+        "summary": sections.summary(summary, summary.get("intervals") or intervals(rows)),
         "cases": sections.cases(rows),
         "lesions": sections.lesions(lesions),
         **sections.pictures(pictures, path.parent),

@@ -1,11 +1,9 @@
-"""One segmented case against its reference: the part of an evaluation that needs no device.
-
-A worker process imports this module and no JAX.
-"""
+"""One segmented case against its reference: the part of an evaluation that needs no device."""
 
 import dataclasses
 import json
 import pathlib
+import traceback
 import zlib
 from typing import Any
 
@@ -48,7 +46,7 @@ class Segmented:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What came of it: lines of metrics.csv and lesions.csv, or what went wrong."""
+    """What came of it: lines of metrics.csv and lesions.csv, and what went wrong."""
 
     case: str
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -66,15 +64,21 @@ def score(segmented: Segmented) -> Scored:
     """Compare a case, and draw it; an error is part of the result."""
     try:
         regions, grid = _metrics(segmented)
-        _show(segmented, regions)
     except (ValueError, OSError) as error:
         return Scored(segmented.case, problem=str(error))
+    except Exception:  # a defect: shown with its traceback, and the other cases go on
+        return Scored(segmented.case, problem=traceback.format_exc().strip())
+    problem = ""
+    try:
+        _show(segmented, regions)
+    except Exception:  # the numbers are worth more than the picture
+        problem = f"scored, but not drawn: {traceback.format_exc().strip()}"
     rows, lesions = [], []
     for name, values in regions.items():
         own = {"case": segmented.case, "region": name}
         lesions += [own | lesion for lesion in values.pop("lesions", [])]
         rows.append(own | values)
-    return Scored(segmented.case, rows, lesions, grid)
+    return Scored(segmented.case, rows, lesions, grid, problem)
 
 
 def _show(segmented: Segmented, scores: dict[str, Any]) -> None:

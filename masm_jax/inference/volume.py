@@ -165,13 +165,43 @@ def restore_run(workdir, *, which, mesh, given=()):
         raise ValueError(
             f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?"
         )
+    if which == "best" and config.infer.average > 1:
+        raise ValueError(
+            f"infer.average = {config.infer.average} averages the newest checkpoints; expected 1 "
+            f"with --checkpoint=best"
+        )
     steps = [step] if which == "best" else checkpoints.newest(config.infer.average)
     meta = checkpoints.meta(step)
+    config_lib.check_thresholds(config, meta["regions"])
     network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))
     weights = [checkpoints.restore(step, target)[0]["ema"] for step in steps]
     checkpoints.close()
     return network, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *weights), meta
+
+
+def check_task(meta, *, modalities, regions, spacing, where):
+    """See that data are of the task that a run was trained on.
+
+    Args:
+      meta: of the run's checkpoint.
+      modalities, regions, spacing: of the data.
+      where: what the data are, for the message.
+
+    Raises:
+      ValueError: they differ.
+    """
+    found = {"modalities": list(modalities), "spacing": spacing}
+    found["regions"] = {name: sorted(values) for name, values in regions.items()}
+    expected = {"modalities": list(meta["modalities"]), "spacing": meta["spacing"]}
+    expected["regions"] = {name: sorted(values) for name, values in meta["regions"].items()}
+    for key, value in expected.items():
+        # Of regions the order counts too: outer to inner.
+        if found[key] != value or list(found["regions"]) != list(expected["regions"]):
+            raise ValueError(
+                f"{where}: {key} {found[key] or 'of the scans'}; the run was trained on "
+                f"{value or 'that of the scans'}; expected data of the same task, prepared alike"
+            )
 
 
 def decoding(settings, spacing):

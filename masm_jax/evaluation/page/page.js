@@ -209,6 +209,7 @@ function dress() {
 }
 
 async function showModality(modality) {
+  if (!shown) return;  // still loading
   const { view, scans, name } = shown;
   const place = view.modalities.indexOf(modality);
   state.modality = modality;
@@ -352,7 +353,7 @@ function prepareViewer() {
   find("close").addEventListener("click", () => dialog.close());
   find("previous").addEventListener("click", () => step(-1));
   find("next").addEventListener("click", () => step(1));
-  find("centre").addEventListener("click", () => goTo(shown.view.centre));
+  find("centre").addEventListener("click", () => shown && goTo(shown.view.centre));
   find("show-reference").addEventListener("change", () => toggle("reference"));
   find("show-prediction").addEventListener("change", () => toggle("prediction"));
   find("fill").addEventListener("change", () => toggle("fill"));
