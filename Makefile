@@ -77,7 +77,7 @@ lint: test-tools
 
 # $(call evaluate,RUN,OUTPUT): unless that was done with the newest checkpoint.
 define evaluate
-	@if [ $(2)/summary.json -nt demo/$(1)/checkpoints ]; then \
+	@if [ $(2)/report.html -nt demo/$(1)/checkpoints ]; then \
 	  echo "$(2) is up to date"; \
 	else \
 	  echo "$(PY) eval.py --workdir=demo/$(1) --split=val --output=$(2)"; \
@@ -96,7 +96,8 @@ demo: demo-records
 	echo "  demo/phantoms          the simulated patients, as NIfTI in the layout of BraTS 2021"; \
 	echo "  demo/records           the same, prepared for training"; \
 	echo "  demo/masm              the run: config.json, metrics.jsonl, curves.png, checkpoints/"; \
-	echo "  demo/eval              metrics.csv, lesions.csv, summary.json, predictions/ (NIfTI), overlays/ (PNG)"; \
+	echo "  demo/eval/report.html  all of it to look at: open it in a browser"; \
+	echo "  demo/eval              metrics.csv, lesions.csv, summary.json, predictions/ (NIfTI), overlays/, figures/"; \
 	echo "next: make demo-compare   the same budget without mixers"
 
 demo-records: venv

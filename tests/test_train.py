@@ -334,6 +334,22 @@ def test_the_report_shows_case_plots_mixers_and_config(evaluated):
     assert not (evaluated / ".views").exists()
 
 
+def test_cases_that_were_trained_on_are_named_and_old_files_go(straight, command, tmp_path):
+    output = tmp_path / "eval"
+    (output / "figures").mkdir(parents=True)
+    (output / "figures" / "pruning_of_another_run.png").write_text("old")
+    flags = ("--set=evaluation.styles=()", "--set=infer.overlap=0", "--workers=0")
+    said = command(
+        "eval.py", f"--workdir={straight}", "--split=all", f"--output={output}", *flags
+    )
+    assert "3 of 4 cases were trained on" in said.stderr
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["trained_on"] == CASES[:3] and summary["cases"] == 4
+    assert summary["infer"]["overlap"] == 0
+    assert "3 of 4 cases were trained on" in (output / "report.html").read_text()
+    assert not (output / "figures" / "pruning_of_another_run.png").exists()
+
+
 def test_without_the_scans_the_records_are_compared(straight, records, command, tmp_path):
     """The best checkpoint, on records whose scans are gone."""
     moved = tmp_path / "records"

@@ -191,13 +191,15 @@ def check_task(meta, *, modalities, regions, spacing, where):
     Raises:
       ValueError: they differ.
     """
-    found = {"modalities": list(modalities), "spacing": spacing}
-    found["regions"] = {name: sorted(values) for name, values in regions.items()}
-    expected = {"modalities": list(meta["modalities"]), "spacing": meta["spacing"]}
-    expected["regions"] = {name: sorted(values) for name, values in meta["regions"].items()}
-    for key, value in expected.items():
+    def comparable(modalities, regions, spacing):
         # Of regions the order counts too: outer to inner.
-        if found[key] != value or list(found["regions"]) != list(expected["regions"]):
+        regions = [(name, sorted(values)) for name, values in regions.items()]
+        return {"modalities": list(modalities), "regions": regions, "spacing": spacing}
+
+    found = comparable(modalities, regions, spacing)
+    expected = comparable(meta["modalities"], meta["regions"], meta["spacing"])
+    for key, value in expected.items():
+        if found[key] != value:
             raise ValueError(
                 f"{where}: {key} {found[key] or 'of the scans'}; the run was trained on "
                 f"{value or 'that of the scans'}; expected data of the same task, prepared alike"

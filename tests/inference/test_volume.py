@@ -14,7 +14,14 @@ from masm_jax.checkpoint import Checkpoints
 from masm_jax.data import cases, nifti, preprocess
 from masm_jax.data.conventions import MODALITIES, REGIONS, region_masks
 from masm_jax.data.pipeline import Crop
-from masm_jax.inference.volume import Segmenter, Settings, decoding, in_scan, load_run
+from masm_jax.inference.volume import (
+    Segmenter,
+    Settings,
+    check_task,
+    decoding,
+    in_scan,
+    load_run,
+)
 
 SHAPE = (12, 15, 10)
 AFFINES = {
@@ -247,3 +254,22 @@ def test_the_minimum_is_a_volume():
     assert decoding(small, (2.0, 2.0, 2.0))["minimum"] == 7
     assert decoding(small, (1.0, 1.0, 1.0))["minimum"] == 50
     assert decoding(settings(minimum_ml=0.0), (2.0, 2.0, 2.0))["minimum"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spacing": 1.0}, "spacing 1.0; the run was trained on 2.0"),
+        ({"spacing": None}, "spacing of the scans; the run was trained on 2.0"),
+        ({"modalities": ("flair", "t1")}, "modalities .*flair.*; the run"),
+        ({"regions": {"WT": (1, 2, 3)}}, "regions .*WT.*; the run"),
+        ({"regions": dict(reversed(REGIONS.items()))}, "regions .*the same task"),
+    ],
+)
+def test_data_of_another_task_are_refused(changes, words):
+    meta = {"modalities": ["t1", "flair"], "spacing": 2.0}
+    meta["regions"] = {name: list(values) for name, values in REGIONS.items()}
+    data = {"modalities": ("t1", "flair"), "spacing": 2.0, "regions": REGIONS}
+    check_task(meta, **data, where="records/a")
+    with pytest.raises(ValueError, match=f"records/a: .*{words}"):
+        check_task(meta, **data | changes, where="records/a")
