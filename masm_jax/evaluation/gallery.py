@@ -60,7 +60,8 @@ def write(
             shares = kept(case)
             pruned.append(_pruning(path, records, case, shares))
             caption = (
-                "Coloured: patches replaced by the partner modality's. Outlined: the reference."
+                "Coloured: patches of the brain replaced by the partner modality's, from all "
+                "slices, seen from above. Outlined: the reference in the slice shown."
             )
             shown.append(_picture("pruning", f"{which}: {case}", caption, path, path))
     if (workdir / "metrics.jsonl").is_file():

@@ -160,6 +160,8 @@ def pruning(
 ) -> None:
     """Draw where the Modality-Aware mixers took the partner's patch: a row per level.
 
+    Seen from above: coloured is what was pruned in the brain in any slice, on one axial slice.
+
     Args:
         path: the PNG; replaced if there. Beside it a CSV: the share kept per level and modality,
             in the brain and in the outermost region.
@@ -188,7 +190,7 @@ def pruning(
             aspect = spacing[1] / spacing[0]
             axes.imshow(_cut(np.where(brain, scan, low), 2, place[2]), cmap="gray", vmin=low,
                         vmax=max(high, low + 1e-6), origin="lower", aspect=aspect)  # fmt: skip
-            shade = _cut(pruned, 2, place[2])
+            shade = _cut(pruned.max(2, keepdims=True), 2, 0)  # of all slices: most are near the rim
             axes.imshow(np.ma.masked_less(shade, 0.02), cmap="autumn", alpha=0.6 * shade.clip(0, 1),
                         vmin=0, vmax=1, origin="lower", aspect=aspect)  # fmt: skip
             _outline(axes, _cut(np.asarray(labels), 2, place[2]), regions, 0)
