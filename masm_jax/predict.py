@@ -98,7 +98,7 @@ def _predict(args):
             check_task(
                 {"modalities": segmenter.settings.modalities, "regions": segmenter.settings.regions,
                  "spacing": None},
-                modalities=task.modalities, regions=task.regions, spacing=None, where=case.id,
+                modalities=task.modalities, regions=task.regions, spacing=None, where="its files",
             )  # fmt: skip
             volumes = _one(segmenter, case, meta, args)
         except (ValueError, OSError) as error:

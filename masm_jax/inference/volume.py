@@ -196,13 +196,19 @@ def check_task(meta, *, modalities, regions, spacing, where):
         regions = [(name, sorted(values)) for name, values in regions.items()]
         return {"modalities": list(modalities), "regions": regions, "spacing": spacing}
 
+    def words(value):
+        if isinstance(value, list):
+            named = (one if isinstance(one, str) else f"{one[0]} = {one[1]}" for one in value)
+            return ", ".join(named)
+        return "that of the scans" if value is None else value
+
     found = comparable(modalities, regions, spacing)
     expected = comparable(meta["modalities"], meta["regions"], meta["spacing"])
     for key, value in expected.items():
         if found[key] != value:
             raise ValueError(
-                f"{where}: {key} {found[key] or 'of the scans'}; the run was trained on "
-                f"{value or 'that of the scans'}; expected data of the same task, prepared alike"
+                f"{where}: {key} {words(found[key])}; the run was trained on {words(value)}; "
+                f"expected data of the same task, prepared alike"
             )
 
 

@@ -260,9 +260,9 @@ def test_the_minimum_is_a_volume():
     ("changes", "words"),
     [
         ({"spacing": 1.0}, "spacing 1.0; the run was trained on 2.0"),
-        ({"spacing": None}, "spacing of the scans; the run was trained on 2.0"),
-        ({"modalities": ("flair", "t1")}, "modalities .*flair.*; the run"),
-        ({"regions": {"WT": (1, 2, 3)}}, "regions .*WT.*; the run"),
+        ({"spacing": None}, "spacing that of the scans; the run was trained on 2.0"),
+        ({"modalities": ("flair", "t1")}, "modalities flair, t1; the run was trained on t1, flair"),
+        ({"regions": {"WT": (1, 2, 3)}}, "regions WT = .1, 2, 3.; the run"),
         ({"regions": dict(reversed(REGIONS.items()))}, "regions .*the same task"),
     ],
 )
