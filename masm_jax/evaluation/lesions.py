@@ -149,11 +149,9 @@ def _brats2025(prediction, reference, spacing, tolerance):
     sizes_p = np.bincount(predicted.ravel(), minlength=number + 1)
     sizes_r = np.bincount(actual.ravel(), minlength=count + 1)
     both = prediction & reference
-    pairs, hits = np.unique(
-        np.stack([actual[both], predicted[both]]).astype(np.int64), axis=1, return_counts=True
-    )
-    dice = np.zeros((count + 1, number + 1))
-    dice[tuple(pairs)] = 2 * hits / (sizes_r[pairs[0]] + sizes_p[pairs[1]])
+    pairs = actual[both].astype(np.int64) * (number + 1) + predicted[both]
+    hits = np.bincount(pairs, minlength=(count + 1) * (number + 1)).reshape(count + 1, number + 1)
+    dice = 2 * hits / np.maximum(sizes_r[:, None] + sizes_p, 1)
     # Several matchings can have the same sum: costs of panoptica's form, so that ties fall alike.
     cost = np.where(dice > 1e-6, 1 - dice, 1 + 1e-6)
     matched = {}

@@ -24,16 +24,24 @@ def surface_distances(
         spacing: voxel edge lengths in mm.
 
     Returns:
-        mm, float64: (surface voxels of the prediction,), (surface voxels of the reference,).
+        mm, float64: (surface voxels of the prediction,), (surface voxels of the reference,), each
+        in no order.
     """
     box = joint_box(prediction, reference)
     masks = (prediction[box], reference[box])
-    p, r = (np.argwhere(_surface(mask)) * np.asarray(spacing) for mask in masks)
+    p, r = (_surface(mask) for mask in masks)
+    shared = p & r  # at distance 0, and often half of all
+    own = [np.argwhere(mask & ~shared) * np.asarray(spacing) for mask in (p, r)]
+    whole = [np.argwhere(mask) * np.asarray(spacing) for mask in (p, r)]
+    zeros = np.zeros(np.count_nonzero(shared))
     # A tree of surface points and no distance map: exact in float64 for any spacing, and as fast
-    # for two small lesions at opposite ends of the brain as for two close ones.
-    to_reference, _ = spatial.cKDTree(r).query(p)
-    to_prediction, _ = spatial.cKDTree(p).query(r)
-    return to_reference, to_prediction
+    # for two small lesions at opposite ends of the brain as for two close ones. Large leaves: a
+    # third faster where surfaces lie far apart, and no slower where they do not.
+    to_reference, to_prediction = (
+        spatial.cKDTree(there, leafsize=64, balanced_tree=False).query(here)[0]
+        for here, there in ((own[0], whole[1]), (own[1], whole[0]))
+    )
+    return np.concatenate([zeros, to_reference]), np.concatenate([zeros, to_prediction])
 
 
 def hd95(distances: Distances) -> float:
