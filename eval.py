@@ -75,7 +75,7 @@ def evaluate(workdir, output):
         where=records.root,
     )  # fmt: skip
     cases = _cases(workdir, records, config)
-    trained = _trained_on(workdir, config, cases)
+    trained = _trained_on(workdir, config, records, cases)
     references = _references(_REFERENCE.value, cases)
     views = _view_spacing(records, cases)
     (output / "predictions").mkdir(parents=True, exist_ok=True)
@@ -157,17 +157,20 @@ def _cases(workdir, records, config):
     return named[wanted]
 
 
-def _trained_on(workdir, config, cases):
+def _trained_on(workdir, config, records, cases):
     """Which of the cases the run, or one averaged with it, was trained on; says so."""
     trained = set()
     for run in (workdir, *map(pathlib.Path, config.infer.runs)):
         trained |= set(json.loads((run / "split.json").read_text())["train"])
     seen = sorted(trained & set(cases)) if _SPLIT.value != "train" else []
-    same = not _RECORDS.value or pathlib.Path(_RECORDS.value) == pathlib.Path(config.data.records)
+    if _RECORDS.value and pathlib.Path(config.data.records).is_dir():
+        # Other records may hold other scans of the same name, or the same scans in another place.
+        own = records_lib.Records(config.data.records)
+        hashes = [[of.meta(case)["hashes"] for of in (own, records)] for case in seen]
+        seen = [case for case, (one, other) in zip(seen, hashes) if one == other]
     if seen:
-        doubt = "" if same else " (by name: --records may hold others of the same name)"
-        log.warning("%d of %d cases were trained on%s", len(seen), len(cases), doubt)
-    return seen if same else []
+        log.warning("%d of %d cases were trained on", len(seen), len(cases))
+    return seen
 
 
 def _references(folder, cases):
