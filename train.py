@@ -49,7 +49,8 @@ def train(config, workdir):
     records = records_lib.Records(config.data.records)
     config_lib.validate_records(config, records)
     split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
-    network = Network(config, modalities=records.modalities, regions=records.regions)
+    mesh = sharding.make_mesh(data=config.mesh.data, spatial=config.mesh.spatial)
+    network = Network(config, modalities=records.modalities, regions=records.regions, mesh=mesh)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
     start, dice = checkpoints.latest() or 0, None
     _claim(workdir, config, split, started=start > 0)
@@ -62,12 +63,7 @@ def train(config, workdir):
     )
 
     # ---------------------------------------------------------------- mesh, state: new or restored
-    mesh = sharding.make_mesh()
-    if config.batch_size % mesh.devices.size:
-        raise ValueError(
-            f"config.batch_size = {config.batch_size}: expected a multiple of the "
-            f"{mesh.devices.size} devices; set it to one, or use fewer devices"
-        )
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
     everywhere = sharding.replicated(mesh)
     abstract = abstract_state(network)
     if start:

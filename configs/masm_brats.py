@@ -18,9 +18,15 @@ def get_config():
     config.seed = 0  # of parameters, data order, augmentation and Gumbel noise
     config.total_steps = 60_000  # optimiser steps; the schedules end here
     config.batch_size = 8  # crops per step over all devices and processes
-    config.patch = 128  # edge of a crop, voxels
+    config.accumulate = 1  # parts that a batch is worked on in: less memory, a third more time
+    # Edge of a crop in voxels; or three, (D, H, W), such as (256, 256, 160) for whole volumes.
+    config.patch = ml_collections.FieldReference(128, field_type=object)
     config.augment = "nnunet"  # nnunet, swin, scanner or none (data/augment.py)
     config.stop_at_step = 0  # leave after this step as if preempted (0 = never)
+
+    config.mesh = mesh = ml_collections.ConfigDict()
+    mesh.data = 0  # devices over which the batch is cut; 0: all that `spatial` leaves
+    mesh.spatial = 1  # devices over which the depth of every volume is cut (docs/scaling.md)
 
     config.data = data = ml_collections.ConfigDict()
     data.records = "records/brats"  # folder made by masm_jax.prepare
@@ -40,6 +46,9 @@ def get_config():
     model.shift_depth = 2  # blocks of the Modality-Shift mixer
     model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
     model.modality_affine = False  # norms learn a scale and shift per modality
+    # What is computed again on the way back instead of kept: none; blocks: norms and activations;
+    # full: all but the results of a level (docs/scaling.md has bytes and time)
+    model.remat = "none"
     model.dtype = "bfloat16"  # of the computation; parameters and reductions are float32
 
     config.loss = loss = ml_collections.ConfigDict()

@@ -8,13 +8,15 @@ import ml_collections
 
 from masm_jax.evaluation.lesions import STYLES
 from masm_jax.files import replacing
-from masm_jax.models.masm import MIXERS, SIZES, divisor
+from masm_jax.models.masm import MIXERS, REMAT, SIZES, divisor, edges
 from masm_jax.models.mosaic import offsets
 
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result.
-FREE_TO_CHANGE = ("stop_at_step", "data.records", "data.workers", "log.", "infer.", "evaluation.")
+FREE_TO_CHANGE = (
+    "stop_at_step", "mesh.", "data.records", "data.workers", "log.", "infer.", "evaluation.",
+)  # fmt: skip
 
 
 def validate(config):
@@ -36,10 +38,28 @@ def validate(config):
     among("augment", config.augment, ("nnunet", "swin", "scanner", "none"))
     among("model.size", model.size, tuple(SIZES))
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
+    among("model.remat", model.remat, REMAT)
+    check(
+        config.batch_size % max(1, config.accumulate) == 0,
+        "accumulate",
+        config.accumulate,
+        f"a divisor of batch_size ({config.batch_size})",
+    )
     among("optim.name", optim.name, ("adamw", "sgd"))
     among("optim.schedule", optim.schedule, ("cosine", "poly", "constant"))
-    for key in ("total_steps", "batch_size", "patch"):
+    for key in ("total_steps", "batch_size", "accumulate"):
         check(config[key] >= 1, key, config[key], "1 or more")
+    patch = config.patch if isinstance(config.patch, int) else tuple(config.patch)
+    cut = isinstance(patch, int) or len(patch) == 3
+    check(
+        cut and all(isinstance(edge, int) and edge >= 1 for edge in edges(patch)),
+        "patch",
+        patch,
+        "one edge in voxels, or three (D, H, W)",
+    )
+    for key in ("data", "spatial"):
+        least = 1 if key == "spatial" else 0
+        check(config.mesh[key] >= least, f"mesh.{key}", config.mesh[key], f"{least} or more")
     check(0 <= config.seed < 2**32 - 1, "seed", config.seed, "0 to 2^32 - 2")
     for key in ("every", "checkpoint_every", "patches", "volumes"):
         check(log[key] >= 1, f"log.{key}", log[key], "1 or more")
@@ -116,12 +136,19 @@ def validate(config):
         faults.append(f"config.model.{error}")
     if not faults:
         multiple = divisor(model)
+        nearest = [max(multiple, round(edge / multiple) * multiple) for edge in edges(patch)]
         check(
-            config.patch % multiple == 0,
+            not any(edge % multiple for edge in edges(patch)),
             "patch",
-            config.patch,
+            patch,
             f"a multiple of {multiple}, the stride of model.size={model.size!r} with its tokens; "
-            f"the nearest is {max(multiple, round(config.patch / multiple) * multiple)}",
+            f"the nearest is {nearest[0] if isinstance(patch, int) else tuple(nearest)}",
+        )
+        check(
+            edges(patch)[0] % config.mesh.spatial == 0,
+            "mesh.spatial",
+            config.mesh.spatial,
+            f"a divisor of the depth of the patch ({edges(patch)[0]}), which it cuts",
         )
     if faults:
         raise ValueError("\n".join(faults))

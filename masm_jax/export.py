@@ -142,9 +142,9 @@ def program(network, params, platform):
     def segment(weights, tiles):
         return step(jax.tree.unflatten(structure, [weights[name] for name in names]), tiles)
 
-    patch, modalities = network.config.patch, len(network.modalities)
+    modalities = len(network.modalities)
     (b,) = jax.export.symbolic_shape("b")
-    tiles = jax.ShapeDtypeStruct((b, modalities, patch, patch, patch), jnp.float32)
+    tiles = jax.ShapeDtypeStruct((b, modalities, *network.patch), jnp.float32)
     weights = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
         for name, leaf in zip(names, jax.tree.leaves(params))

@@ -1,18 +1,62 @@
-"""The mesh and what lies where on it.
+"""The mesh, and what lies where on it.
 
-One axis, "data": the batch is cut over it, the state is on every device. The axes are Auto: XLA
-inserts the collectives.
+Two axes: "data" cuts the batch, "spatial" the depth of every volume. The state is on every device:
+the largest network here is 30 MB of parameters, which to cut would save less than one activation
+(docs/scaling.md). The axes are Auto: XLA inserts the collectives.
 """
+
+import collections
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-def make_mesh(devices=None):
-    """A mesh of all devices (or those given) with the single axis "data"."""
+def make_mesh(devices=None, *, data=0, spatial=1):
+    """A mesh ("data", "spatial").
+
+    Args:
+      devices: all of the run by default.
+      data: length of the axis; 0 takes all the devices that ``spatial`` leaves.
+      spatial: length of the axis.
+
+    Raises:
+      ValueError: the devices cannot be arranged so.
+    """
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    rows = data or len(devices) // spatial
+    if rows * spatial != len(devices):
+        raise ValueError(
+            f"config.mesh: data {data or 'any'} x spatial {spatial} does not fit "
+            f"{len(devices)} devices; expected a product of {len(devices)}: set mesh.spatial to a "
+            f"divisor of it and mesh.data to 0, or use another number of devices"
+        )
+    names = ("data", "spatial")
+    return jax.make_mesh((rows, spatial), names, axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def check_batch(mesh, batch_size, parts=1):
+    """See that a batch, and every part of it, can be cut over the mesh.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    rows = mesh.shape["data"]
+    if batch_size % (rows * parts):
+        divided = f" in {parts} parts (config.accumulate)" if parts > 1 else ""
+        raise ValueError(
+            f"config.batch_size = {batch_size}{divided}: expected a multiple of "
+            f"{rows * parts}, as the {mesh.devices.size} devices are {rows} data x "
+            f"{mesh.shape['spatial']} spatial; set it to one, use fewer devices, or give more of "
+            f"them to mesh.spatial"
+        )
+
+
+def local_mesh(mesh):
+    """Mesh of this process's devices alone: for work that processes do apart, case by case."""
+    devices = jax.local_devices()
+    spatial = mesh.shape["spatial"]
+    return make_mesh(devices, spatial=spatial if len(devices) % spatial == 0 else 1)
 
 
 def replicated(mesh):
@@ -21,18 +65,82 @@ def replicated(mesh):
 
 
 def over_batch(mesh):
-    """Sharding of a batch: its first axis cut over "data"."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """Sharding of an image (B, M, D, H, W): batch over "data", depth over "spatial"."""
+    return NamedSharding(mesh, PartitionSpec("data", None, "spatial"))
 
 
-def global_batch(mesh, batch):
-    """This process's share of a batch (dict of NumPy arrays) -> global arrays on the mesh.
+def _label(mesh):
+    return NamedSharding(mesh, PartitionSpec("data", "spatial"))
+
+
+BATCH = {"image": over_batch, "label": _label}  # (B, M, D, H, W) and (B, D, H, W)
+
+
+def batch_shardings(mesh):
+    """{"image", "label"}: as ``global_batch`` lays a batch out."""
+    return {name: of(mesh) for name, of in BATCH.items()}
+
+
+def rows_here(mesh, batch_size):
+    """Places in the global batch whose voxels, or some planes of them, lie on this process.
+
+    Args:
+      mesh: of the run.
+      batch_size: B, a multiple of the "data" axis.
+
+    Returns:
+      ascending ints.
+    """
+    per_row = batch_size // mesh.shape["data"]
+    here = jax.process_index()
+    rows = [
+        place * per_row + offset
+        for place, devices in enumerate(mesh.devices)
+        if any(device.process_index == here for device in devices)
+        for offset in range(per_row)
+    ]
+    return rows
+
+
+def global_batch(mesh, batch, batch_size=None):
+    """This process's share of a batch -> global arrays on the mesh.
 
     The transfer is asynchronous: the call returns before the data has arrived.
+
+    Args:
+      mesh: of the run.
+      batch: {"image": (b, M, D, H, W), "label": (b, D, H, W)} NumPy arrays, the ``rows_here``; other
+        entries are left out.
+      batch_size: B; None where the batch is whole, as on a single process.
     """
-    sharding = over_batch(mesh)
+    batch_size = batch_size or len(batch["label"])
+    position = {row: i for i, row in enumerate(rows_here(mesh, batch_size))}
 
-    def put(array):
-        return jax.make_array_from_process_local_data(sharding, np.ascontiguousarray(array))
+    def put(array, sharding):
+        def part(index):
+            rows = range(*index[0].indices(batch_size))
+            first = position[rows[0]]
+            return np.ascontiguousarray(array[first : first + len(rows), *index[1:]])
 
-    return {name: put(array) for name, array in batch.items()}
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+    return {name: put(batch[name], of(mesh)) for name, of in BATCH.items()}
+
+
+def transferred(stream, mesh, batch_size, *, ahead=1):
+    """Batches of a stream on the mesh, the next ones on their way while one is worked on.
+
+    Args:
+      stream: iterator of host batches; ``global_batch`` says of what.
+      mesh, batch_size: as there.
+      ahead: batches in transfer beside the one handed out; each takes device memory.
+
+    Yields:
+      global batches, in order.
+    """
+    waiting = collections.deque()
+    for batch in stream:
+        waiting.append(global_batch(mesh, batch, batch_size))
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from masm_jax.models import spatial
 from masm_jax.models.init import Initialiser
-from masm_jax.models.masm import MASM
+from masm_jax.models.masm import MASM, edges
 from masm_jax.optim import optimiser
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -24,16 +25,17 @@ class Network:
       config: a validated config.
       modalities: names in the order of the input.
       regions: {name: label values}, outer to inner.
+      mesh: devices over whose "spatial" axis activations are cut; None: they are not.
     """
 
-    def __init__(self, config, *, modalities, regions):
-        self.config = config
+    def __init__(self, config, *, modalities, regions, mesh=None):
+        self.config, self.mesh, self.patch = config, mesh, edges(config.patch)
         self.modalities, self.regions = tuple(modalities), dict(regions)
         self.dtype = DTYPES[config.model.dtype]
         self._build = functools.partial(
             MASM,
             config.model,
-            patch=config.patch,
+            patch=self.patch,
             modalities=self.modalities,
             num_regions=len(self.regions),
         )
@@ -53,7 +55,8 @@ class Network:
         state = jax.tree.map(lambda leaf: leaf, self._skeleton)  # a copy, not shared between traces
         nnx.replace_by_pure_dict(state, params)
         model = nnx.merge(self._graph, state)
-        return model(x.astype(self.dtype), deep=deep, **gumbel)
+        with spatial.cut_over(self.mesh):
+            return model(x.astype(self.dtype), deep=deep, **gumbel)
 
 
 def init_state(network, params):

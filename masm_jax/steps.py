@@ -15,8 +15,9 @@ def train_step(network):
     """One step of training: (state, batch, key) -> (state, metrics).
 
     batch: {"image": (B, M, D, H, W) float16, "label": (B, D, H, W) uint8}. metrics: a flat dict of
-    float32 scalars. All randomness is folded from (key, state["step"]); the key is an argument and
-    not a constant, so that runs that differ in their seed alone share one compiled program.
+    float32 scalars. All randomness is folded from (key, state["step"]) and the place in the batch;
+    the key is an argument and not a constant, so that runs that differ in their seed alone share
+    one compiled program.
     """
     config = network.config
     tx = optim.optimiser(config.optim, config.total_steps)
@@ -26,47 +27,100 @@ def train_step(network):
     keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
+    def terms_of(params, part, gumbel):
+        """The few numbers per example of which the loss is a function."""
+        targets = losses.region_targets(part["label"], regions)
+        logits, keep = network.apply(params, part["image"], deep=True, key=part["key"], **gumbel)
+        return losses.segmentation_terms(logits, targets), losses.keep_ratios(keep)
+
+    def loss_of(terms, step):
+        heads, ratios = terms
+        segmentation, parts = losses.segmentation_loss(heads, batch_dice=config.loss.batch_dice)
+        ratio = losses.ratio_loss(ratios, keep_target(step))
+        loss = segmentation + config.loss.ratio_weight * ratio
+        return loss, parts | {"ratio_loss": ratio}
+
     def step(state, batch, key):
-        augment_key, gumbel_key = jax.random.split(jax.random.fold_in(key, state["step"]))
+        number = state["step"]
+        augment_key, gumbel_key = jax.random.split(jax.random.fold_in(key, number))
         image, label = augment(
             augment_key, batch["image"].astype(jnp.float32), batch["label"], recipe=config.augment
         )
-        targets = losses.region_targets(label, regions)
-        heat = temperature(state["step"])
+        places = jnp.arange(len(image))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(gumbel_key, places)
+        batch = {"image": image.astype(network.dtype), "label": label, "key": keys}
+        gumbel = {"temperature": temperature(number), "noise": noise(number)}
 
-        def loss_fn(params):
-            gumbel = {"key": gumbel_key, "temperature": heat, "noise": noise(state["step"])}
-            logits, keep = network.apply(params, image, deep=True, **gumbel)
-            segmentation, parts = losses.segmentation_loss(
-                logits, targets, batch_dice=config.loss.batch_dice
-            )
-            ratio = losses.ratio_loss(keep, keep_target(state["step"]))
-            loss = segmentation + config.loss.ratio_weight * ratio
-            return loss, (parts | {"ratio_loss": ratio}, losses.keep_ratios(keep))
-
-        (loss, (parts, ratios)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(
-            state["params"]
+        gradient, terms = accumulated(
+            lambda params, part: terms_of(params, part, gumbel),
+            lambda terms: loss_of(terms, number)[0],
+            state["params"],
+            batch,
+            config.accumulate,
         )
+        loss, parts = loss_of(terms, number)
         updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "train/loss": loss,
             **{f"train/{name}": value for name, value in parts.items()},
-            "train/learning_rate": schedule(state["step"]),
+            "train/learning_rate": schedule(number),
             "train/grad_norm": optax.tree.norm(gradient),
         }
+        _, ratios = terms
         if ratios:
-            metrics["train/temperature"] = heat
+            metrics["train/temperature"] = gumbel["temperature"]
             metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in ratios.items()}
         state = {
-            "step": state["step"] + 1,
+            "step": number + 1,
             "params": params,
-            "ema": optim.average(state["ema"], params, state["step"], config.optim.ema_decay),
+            "ema": optim.average(state["ema"], params, number, config.optim.ema_decay),
             "opt_state": opt_state,
         }
         return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return step
+
+
+def accumulated(terms_of, loss_of, params, batch, parts):
+    """Gradient of ``loss_of(terms_of(params, batch))``, the batch taken in parts.
+
+    The loss of the parts need not add up to that of the batch (Dice summed over it, the keep
+    ratio), but it is a function of a few numbers per example. A first pass, forward alone, finds
+    them, and with them what a change of each does to the loss; a second one pulls that back through
+    the network, part by part. Exact; more than one part costs one more forward pass.
+
+    Args:
+      terms_of: (params, batch) -> tree of arrays with a leading axis B.
+      loss_of: terms -> scalar.
+      params: nested dict.
+      batch: dict of arrays with a leading axis B.
+      parts: a divisor of B.
+
+    Returns:
+      gradient, like ``params``; and the terms.
+    """
+    if parts == 1:
+        terms, pull = jax.vjp(lambda params: terms_of(params, batch), params)
+        return pull(jax.grad(loss_of)(terms))[0], terms
+
+    def split(x):  # every n-th example: a part lies on the same devices as the whole
+        return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+    def joined(x):
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+    batch = jax.tree.map(split, batch)
+    terms = jax.tree.map(joined, jax.lax.map(lambda part: terms_of(params, part), batch))
+    slopes = jax.tree.map(split, jax.grad(loss_of)(terms))
+
+    def add(gradient, now):
+        part, slope = now
+        _, pull = jax.vjp(lambda params: terms_of(params, part), params)
+        return jax.tree.map(jnp.add, gradient, pull(slope)[0]), None
+
+    zero = jax.tree.map(jnp.zeros_like, params)
+    return jax.lax.scan(add, zero, (batch, slopes))[0], terms
 
 
 def eval_step(network):
@@ -85,7 +139,7 @@ def eval_step(network):
         return {
             "overlap": (predicted * targets).sum(axes),
             "total": predicted.sum(axes) + targets.sum(axes),
-            "keep": {level: ratio.mean() for level, ratio in losses.keep_ratios(keep).items()},
+            "keep": {level: mask.mean() for level, mask in keep.items()},
         }
 
     return step

@@ -18,23 +18,23 @@ from masm_jax.steps import eval_step, keep_names, keep_step, segment_step, train
 MIXED = ("aware", "concat", "concat", "concat", "concat", "shift")
 
 
-def batch(size=8, patch=16, seed=0):
+def batch(size=8, patch=16, seed=0, depth=None):
     """Noise with a box of every label in it; the image is brighter there."""
     random = np.random.default_rng(seed)
-    label = np.zeros((size, patch, patch, patch), np.uint8)
+    label = np.zeros((size, depth or patch, patch, patch), np.uint8)
     low, high = patch // 4, 3 * patch // 4
     for index in range(size):
         for value in (2, 1, 3):
             corner = random.integers(low, high, 3)
             label[index][tuple(slice(c, c + patch // 4) for c in corner)] = value
-    image = random.normal(size=(size, len(MODALITIES), patch, patch, patch))
+    image = random.normal(size=(size, len(MODALITIES), *label.shape[1:]))
     return {"image": (image + label[:, None]).astype(np.float16), "label": label}
 
 
-def prepare(config, *, devices, jit):
+def prepare(config, *, devices, jit, spatial=1):
     """Network, state and the compiled step on some devices."""
-    network = Network(config, modalities=MODALITIES, regions=REGIONS)
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices], spatial=spatial)
+    network = Network(config, modalities=MODALITIES, regions=REGIONS, mesh=mesh)
     everywhere = sharding.replicated(mesh)
     params = jax.device_put(broken_zero(network.init(config.seed)), everywhere)
     state = jax.jit(functools.partial(init_state, network), out_shardings=everywhere)(params)

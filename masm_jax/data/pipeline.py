@@ -8,7 +8,7 @@ run resumes at any step on any of them without saving the state of an iterator.
 import dataclasses
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
@@ -27,13 +27,13 @@ class Crop:
     Attributes:
         records: The records.
         cases: Ids; an element of the stream is a place in this tuple.
-        patch: Edge length of the cube, voxels.
+        patch: Edges of the crop, voxels.
         foreground: Chance that the cube is centred on tumour.
     """
 
     records: Records
     cases: tuple[str, ...]
-    patch: int
+    patch: tuple[int, int, int]
     foreground: float
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -78,7 +78,8 @@ class Crop:
             if present:  # the regions first: enhancing tumour is small, and of equal interest
                 voxels = present[rng.integers(len(present))]
                 centre = voxels[rng.integers(len(voxels))]
-                start = np.clip(centre - self.patch // 2, 0, np.maximum(room, 0))
+                half = np.asarray(self.patch) // 2
+                start = np.clip(centre - half, 0, np.maximum(room, 0))
         return np.where(room < 0, room // 2, start)
 
     def _read(self, case: str, part: str):
@@ -93,49 +94,46 @@ class Crop:
             ) from error
 
 
-def _cut(volume: np.ndarray, start: np.ndarray, patch: int) -> np.ndarray:
-    """Copies the cube at ``start`` out of the last three axes; 0 outside the volume."""
+def _cut(volume: np.ndarray, start: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
+    """Copies the crop at ``start`` out of the last three axes; 0 outside the volume."""
     stop = start + patch
     low, high = np.maximum(start, 0), np.minimum(stop, volume.shape[-3:])
     part = volume[(..., *map(slice, low, high))]
-    if part.shape[-3:] == (patch,) * 3:
+    if part.shape[-3:] == patch:
         return np.array(part)  # a copy: the memory map is let go
-    cube = np.zeros((*volume.shape[:-3], patch, patch, patch), volume.dtype)
+    cube = np.zeros((*volume.shape[:-3], *patch), volume.dtype)
     cube[(..., *map(slice, low - start, high - start))] = part
     return cube
 
 
 @dataclasses.dataclass(frozen=True)
 class HostShare:
-    """What one host reads of the stream: a block of places in every global batch.
+    """What one host reads of the stream: some places of every global batch.
 
-    Blocks, not every n-th element: the batches of the hosts, put one after another, are then the
-    batch that one host alone would have read, in its order; so what is drawn by place in the batch
-    (augmentation, noise) is the same too.
+    The places are those that the mesh has given to its devices (sharding.rows_here), so that the
+    global batch is the one that one host alone would have read, in its order; what is drawn by
+    place in the batch (augmentation, noise) is the same too.
 
     Attributes:
         stream: The endless stream of crops, the same on all hosts.
         batch: Size of the global batch.
-        share: Elements of it that are this host's.
-        process_index: Which host.
+        rows: Places in it that are this host's.
         start_step: Step to begin with.
     """
 
     stream: grain.MapDataset
     batch: int
-    share: int
-    process_index: int
+    rows: tuple[int, ...]
     start_step: int
 
     def __len__(self) -> int:
         """Number of elements: more than a run can reach."""
-        return (sys.maxsize // self.batch - self.start_step) * self.share
+        return (sys.maxsize // self.batch - self.start_step) * len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Element ``index`` of this host, counted from ``start_step``."""
-        step, place = divmod(index, self.share)
-        first = (self.start_step + step) * self.batch + self.process_index * self.share
-        return self.stream[first + place]
+        step, place = divmod(index, len(self.rows))
+        return self.stream[(self.start_step + step) * self.batch + self.rows[place]]
 
 
 def batches(
@@ -144,11 +142,10 @@ def batches(
     *,
     seed: int,
     batch_size: int,
-    patch: int,
+    patch: int | Sequence[int],
     foreground: float = 1 / 3,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     workers: int = 0,
     threads: int = 2,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -159,27 +156,27 @@ def batches(
         cases: Ids to train on; fewer than ``batch_size`` will do.
         seed: Decides order and crops, from 0 to 2**32 - 1.
         batch_size: Size of the global batch, B.
-        patch: Edge length of a crop in voxels, p; a smaller volume is centred and padded with 0.
+        patch: Edge of a crop in voxels, p, or three; a smaller volume is centred, padded with 0.
         foreground: Chance of a crop centred on a voxel of a region, each region that the case has
             with equal chance; other crops lie anywhere inside the volume.
         start_step: First step, to go on where a run stopped.
-        process_index: This host.
-        process_count: Number of hosts.
+        rows: Places in the global batch that this host reads; None: all.
         workers: Worker processes; 0 reads in threads of this process, enough for local disks.
         threads: Reading threads in each process.
 
     Returns:
         Iterator of {"image": (b, M, p, p, p) float16, "label": (b, p, p, p) uint8, "case": (b,)
-        int32, places in ``cases``}, b = batch_size // process_count. ``close()`` ends the workers.
+        int32, places in ``cases``}, b = len(rows). ``close()`` ends the workers.
 
     Raises:
         ValueError: The arguments do not fit together; from the iterator, a record is unreadable.
     """
-    _check(records, cases, seed, batch_size, patch, foreground, process_index, process_count)
-    crop = Crop(records, tuple(cases), patch, foreground)
+    edges = tuple(int(edge) for edge in np.broadcast_to(patch, 3))
+    rows = tuple(range(batch_size) if rows is None else rows)
+    _check(records, cases, seed, batch_size, edges, foreground, rows)
+    crop = Crop(records, tuple(cases), edges, foreground)
     stream = grain.MapDataset.range(len(cases)).seed(seed).shuffle().repeat().random_map(crop)
-    share = batch_size // process_count
-    host = grain.MapDataset.source(HostShare(stream, batch_size, share, process_index, start_step))
+    host = grain.MapDataset.source(HostShare(stream, batch_size, rows, start_step))
     # Grain's default buffer is 500 elements, of 17 MB each at 4x128^3.
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
     dataset = host.to_iter_dataset(read)
@@ -189,10 +186,10 @@ def batches(
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
         dataset = dataset.mp_prefetch(options)
     # After the workers: a batch made inside them loses records (google/grain#1129).
-    return iter(dataset.batch(share, drop_remainder=True))
+    return iter(dataset.batch(len(rows), drop_remainder=True))
 
 
-def _check(records, cases, seed, batch_size, patch, foreground, process_index, process_count):
+def _check(records, cases, seed, batch_size, patch, foreground, rows):
     """Raises ValueError where the arguments of ``batches`` do not fit together."""
     unknown = sorted(set(cases) - set(records.cases))
     if not cases or unknown:
@@ -201,19 +198,14 @@ def _check(records, cases, seed, batch_size, patch, foreground, process_index, p
             f"{records.root}: cases to train on: {found}; expected ids out of the "
             f"{len(records.cases)} records there; correct the split"
         )
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1 or not rows or not set(rows) <= set(range(batch_size)):
         raise ValueError(
-            f"batch_size {batch_size} cannot be shared by {process_count} hosts; expected a "
-            f"multiple, such as {max(1, round(batch_size / process_count)) * process_count}"
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(
-            f"process_index {process_index}: expected 0 to {process_count - 1}, as there are "
-            f"{process_count} hosts"
+            f"rows {rows} of a batch of {batch_size}: expected one or more, from 0 to "
+            f"{batch_size - 1}"
         )
     if not 0 <= seed < _WHOLE:
         raise ValueError(f"seed {seed}: expected 0 to {_WHOLE - 1}; choose another")
-    if patch < 1:
-        raise ValueError(f"patch {patch}: expected a positive edge length in voxels")
+    if min(patch) < 1:
+        raise ValueError(f"patch {patch}: expected positive edges in voxels")
     if not 0 <= foreground <= 1:
         raise ValueError(f"foreground {foreground}: expected a share of the crops, 0 to 1")

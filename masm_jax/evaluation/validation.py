@@ -15,8 +15,8 @@ from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import decoding
 
 
-def validation_crops(config, records, cases):
-    """The same crops at every validation: a list of host batches."""
+def validation_crops(config, records, cases, rows=None):
+    """The same crops at every validation: a list of host batches, of these rows."""
     count = max(1, config.log.patches // config.batch_size)
     stream = batches(
         records,
@@ -25,8 +25,7 @@ def validation_crops(config, records, cases):
         batch_size=config.batch_size,
         patch=config.patch,
         foreground=config.data.foreground,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=rows,
     )
     return [batch for batch, _ in zip(stream, range(count))]
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Start = tuple[int, int, int]
+Edges = tuple[int, int, int]
 
 # Weights below this part of the largest are lifted to it: at a corner of the scan, which one tile
 # alone sees, the quotient of two numbers near 4e-11 would otherwise be what is returned.
@@ -53,21 +54,21 @@ def tile_starts(size: int, patch: int, overlap: float = 0.5) -> list[int]:
 
 
 @functools.lru_cache(maxsize=4)
-def gaussian(patch: int) -> np.ndarray:
+def gaussian(patch: Edges) -> np.ndarray:
     """Weight of each voxel of a tile: a Gaussian about its centre, sigma = patch / 8.
 
     Isensee et al. 2021 (nnU-Net, doi 10.1038/s41592-020-01008-z): a network is surest where it sees
     most context. The centre is (patch - 1) / 2, so that a mirrored tile has the same weights.
 
     Args:
-        patch: voxels along the edge.
+        patch: voxels along the three edges.
 
     Returns:
-        (patch, patch, patch) float32, largest 1, smallest ``SMALLEST_WEIGHT``.
+        ``patch`` float32, largest 1, smallest ``SMALLEST_WEIGHT``.
     """
-    z = (np.arange(patch) - (patch - 1) / 2) / (patch / 8)
-    line = np.exp(-0.5 * z**2)
-    cube = line[:, None, None] * line[:, None] * line
+    z = [(np.arange(edge) - (edge - 1) / 2) / (edge / 8) for edge in patch]
+    depth, height, width = (np.exp(-0.5 * line**2) for line in z)
+    cube = depth[:, None, None] * height[:, None] * width
     weights = np.maximum(cube / cube.max(), SMALLEST_WEIGHT).astype(np.float32)
     weights.setflags(write=False)  # the cache hands out one array
     return weights
@@ -77,7 +78,7 @@ def predict(
     apply: Callable[[jax.Array], jax.Array],
     image: np.ndarray,
     *,
-    patch: int,
+    patch: int | Sequence[int],
     num_regions: int,
     overlap: float = 0.5,
     batch: int = 2,
@@ -95,7 +96,7 @@ def predict(
         apply: a jitted function, (b, M, p, p, p) float32 -> (b, p, p, p, R) logits of any float
             dtype.
         image: (M, D, H, W) float16 or float32, may be memory-mapped; exactly 0 outside the brain.
-        patch: p, the edge of a tile in voxels.
+        patch: p, the edge of a tile in voxels, or its three edges.
         num_regions: R.
         overlap: part of a tile that its neighbour sees too, in [0, 1).
         batch: b, tiles per call.
@@ -109,6 +110,7 @@ def predict(
     Raises:
         ValueError: an argument is out of range, or the network gives another shape.
     """
+    patch = tuple(int(edge) for edge in np.broadcast_to(patch, 3))
     _check_arguments(image, patch=patch, overlap=overlap, batch=batch, flips=flips)
     image, inner = _pad_to_patch(image, patch)
     tiles = _tiles_with_brain(image, patch=patch, overlap=overlap)
@@ -195,23 +197,23 @@ def _weighted(logits: jax.Array, weights: jax.Array, *, axes: tuple[int, ...]) -
     return jnp.moveaxis(probabilities, -1, 1) * weights
 
 
-def _tiles_with_brain(image: np.ndarray, *, patch: int, overlap: float) -> list[Start]:
+def _tiles_with_brain(image: np.ndarray, *, patch: Edges, overlap: float) -> list[Start]:
     brain = np.zeros(image.shape[1:], bool)
     for modality in image:  # one at a time: the image may be larger than memory wants to hold
         brain |= modality != 0
-    grid = itertools.product(*(tile_starts(n, patch, overlap) for n in brain.shape))
+    grid = itertools.product(*(tile_starts(n, p, overlap) for n, p in zip(brain.shape, patch)))
     return [start for start in grid if brain[_box(start, patch)].any()]
 
 
-def _stack(image: np.ndarray, starts: list[Start], *, patch: int, batch: int) -> np.ndarray:
-    x = np.zeros((batch, len(image), patch, patch, patch), np.float32)
+def _stack(image: np.ndarray, starts: list[Start], *, patch: Edges, batch: int) -> np.ndarray:
+    x = np.zeros((batch, len(image), *patch), np.float32)
     for row, start in zip(x, starts):
         row[:] = image[:, *_box(start, patch)]
     return x
 
 
-def _box(start: Start, patch: int) -> tuple[slice, ...]:
-    return tuple(slice(s, s + patch) for s in start)
+def _box(start: Start, patch: Edges) -> tuple[slice, ...]:
+    return tuple(slice(s, s + p) for s, p in zip(start, patch))
 
 
 def _batched(tiles: list[Start], size: int) -> Iterator[list[Start]]:
@@ -219,13 +221,13 @@ def _batched(tiles: list[Start], size: int) -> Iterator[list[Start]]:
         yield tiles[first : first + size]
 
 
-def _pad_to_patch(image: np.ndarray, patch: int) -> tuple[np.ndarray, tuple[slice, ...]]:
+def _pad_to_patch(image: np.ndarray, patch: Edges) -> tuple[np.ndarray, tuple[slice, ...]]:
     """The image, each axis at least `patch` long, and where the original lies in it.
 
     An odd voxel goes in front, as in data/pipeline.py: one voxel aside, a strided network sees
     another image than the one it was trained on.
     """
-    missing = [max(0, patch - n) for n in image.shape[1:]]
+    missing = [max(0, p - n) for n, p in zip(image.shape[1:], patch)]
     before = [m - m // 2 for m in missing]
     inner = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:]))
     if any(missing):
@@ -234,11 +236,11 @@ def _pad_to_patch(image: np.ndarray, patch: int) -> tuple[np.ndarray, tuple[slic
 
 
 def _check_arguments(
-    image: np.ndarray, *, patch: int, overlap: float, batch: int, flips: Sequence[int]
+    image: np.ndarray, *, patch: Edges, overlap: float, batch: int, flips: Sequence[int]
 ) -> None:
     if image.ndim != 4 or 0 in image.shape:
         raise ValueError(f"image has shape {image.shape}; expected (M, D, H, W), none of them 0")
-    if patch < 1 or batch < 1:
+    if min(patch) < 1 or batch < 1:
         raise ValueError(f"patch is {patch} and batch {batch}; expected at least 1")
     if not 0 <= overlap < 1:
         raise ValueError(f"overlap is {overlap}; expected 0 <= overlap < 1, such as 0.5")

@@ -21,13 +21,13 @@ class Settings:
     Attributes:
       modalities: names, in the order of the input.
       regions: {name: internal label values}, outer to inner.
-      patch: edge of a tile in voxels.
+      patch: edges of a tile in voxels.
       others: the keys of ``config.infer``, explained in configs/masm_brats.py.
     """
 
     modalities: tuple[str, ...]
     regions: Mapping[str, tuple[int, ...]]
-    patch: int
+    patch: tuple[int, int, int]
     overlap: float
     batch: int
     flips: tuple[int, ...]
@@ -44,7 +44,7 @@ class Settings:
         return cls(
             modalities=network.modalities,
             regions=network.regions,
-            patch=network.config.patch,
+            patch=network.patch,
             **infer,
         )
 
@@ -55,7 +55,7 @@ class Segmenter:
     Args:
       step: the network: (params, (b, M, p, p, p) float32) -> (b, p, p, p, R) logits; is compiled.
       params: its weights, on the host or on devices.
-      mesh: tiles of a batch are spread over its "data" axis.
+      mesh: tiles of a batch are spread over its "data" axis, their depth over "spatial".
       settings: the ``Settings``; an attribute that may be exchanged.
     """
 
@@ -78,7 +78,7 @@ class Segmenter:
         Returns:
           (R, D, H, W) float32.
         """
-        settings, devices = self.settings, self._mesh.devices.size
+        settings, devices = self.settings, self._mesh.shape["data"]
         return sliding_window.predict(
             lambda tiles: self._step(
                 self._params, jax.device_put(tiles, sharding.over_batch(self._mesh))

@@ -64,7 +64,7 @@ class AwareMixer(nnx.Module):
 
         Args:
           x: (B, M, D, H, W, C) features of one level.
-          key: PRNG key while training, None otherwise.
+          key: (B,) PRNG keys while training, None otherwise.
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
 

@@ -13,12 +13,17 @@ One function, ``conv``, one result; three ways to compute it:
 
 import contextlib
 import contextvars
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from masm_jax.models.spatial import with_neighbours
 
 LOWERINGS = ("direct", "taps", "stacked")
+CONV = "conv"  # name of the results, for those who decide what is kept for the way back
 _FASTEST = {"cpu": "stacked", "tpu": "taps"}
 _platform = contextvars.ContextVar("platform", default=None)
 
@@ -51,26 +56,45 @@ def conv(x, kernel, *, stride=1, lowering=None):
     Returns:
       (B, ceil(D / stride), ceil(H / stride), ceil(W / stride), C_out) in the dtype of ``x``.
     """
-    kernel = kernel.astype(x.dtype)
     size = kernel.shape[0]
     if size == 1 and stride == 1:
-        return x @ kernel[0, 0, 0]
+        return x @ kernel[0, 0, 0].astype(x.dtype)
     lowering = lowering or fastest(_platform.get() or jax.default_backend())
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {LOWERINGS} or None")
-    if lowering == "direct":
-        pad = [(size // 2, size // 2)] * 3
-        numbers = ("NDHWC", "DHWIO", "NDHWC")
-        return lax.conv_general_dilated(x, kernel, (stride,) * 3, pad, dimension_numbers=numbers)
-    depth = x.shape[1]
-    out_depth = -(-depth // stride)
-    padded = jnp.pad(x, ((0, 0), (size // 2, size // 2), (0, 0), (0, 0), (0, 0)))
-    span = stride * (out_depth - 1) + 1
-    taps = [padded[:, t : t + span : stride] for t in range(size)]
-    if lowering == "stacked":
-        kernel = jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
-        return _planes(jnp.concatenate(taps, axis=-1), kernel, stride)
-    return sum(_planes(tap, kernel[t], stride) for t, tap in enumerate(taps))
+    compute = functools.partial(_FORMS[lowering], stride=stride)
+    y = with_neighbours(compute, x, kernel, reach=size // 2, stride=stride)
+    return checkpoint_name(y, CONV)
+
+
+def _direct(x, kernel, *, stride):
+    """x has its neighbours in depth already: (B, D + 2 (k // 2), H, W, C)."""
+    side = (kernel.shape[0] // 2,) * 2
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    strides, pad = (stride,) * 3, [(0, 0), side, side]
+    kernel = kernel.astype(x.dtype)
+    return lax.conv_general_dilated(x, kernel, strides, pad, dimension_numbers=numbers)
+
+
+def _taps(x, kernel, *, stride):
+    kernel = kernel.astype(x.dtype)
+    return sum(_planes(tap, kernel[t], stride) for t, tap in enumerate(_shifted(x, kernel, stride)))
+
+
+def _stacked(x, kernel, *, stride):
+    size = kernel.shape[0]
+    beside = jnp.concatenate(_shifted(x, kernel, stride), axis=-1)
+    kernel = jnp.moveaxis(kernel.astype(x.dtype), 0, 2)
+    return _planes(beside, kernel.reshape(size, size, -1, kernel.shape[-1]), stride)
+
+
+_FORMS = {"direct": _direct, "taps": _taps, "stacked": _stacked}
+
+
+def _shifted(x, kernel, stride):
+    """What each depth tap of the kernel sees: k arrays (B, ceil(D / stride), H, W, C)."""
+    span = x.shape[1] - kernel.shape[0] + 1
+    return [x[:, t : t + span : stride] for t in range(kernel.shape[0])]
 
 
 def _planes(x, kernel, stride):

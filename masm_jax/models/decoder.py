@@ -1,9 +1,11 @@
 """The decoder: up, beside the skip, two convolutions; a head per level for deep supervision."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import nnx
 
-from masm_jax.models.layers import ConvNorm, Dense, depth_to_space
+from masm_jax.models.layers import ConvNorm, Dense, apply_all, depth_to_space
 
 # Tumour is rare: heads start at sigmoid(-4) = 2 % instead of 50 %, or the first steps go into the
 # bias.
@@ -42,20 +44,21 @@ class Decoder(nnx.Module):
             head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)
         self.strides, self.stem = tuple(strides), stem
 
-    def __call__(self, skips, deep=False):
+    def __call__(self, skips, deep=False, wrap=lambda block: block):
         """skips: per level (B, D_j, H_j, W_j, C_j) -> logits, float32, one array per head.
 
         The first is (B, D, H, W, R) at full resolution; the others, at the grids of levels 2, 3,
-        ..., only where ``deep``.
+        ..., only where ``deep``. ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
         """
         x = skips[-1]
         logits = []
         for level in reversed(range(len(self.ups))):
-            x = depth_to_space(self.ups[level](x), self.strides[level + 1])
-            x = jnp.concatenate([x, skips[level]], axis=-1)
-            for layer in self.blocks[level]:
-                x = layer(x)
+            x = wrap(functools.partial(self._level, level))(x, skips[level])
             if level < len(self.heads) and (deep or level == 0):
                 logits.append(self.heads[level](x).astype(jnp.float32))
         logits.reverse()
         return [depth_to_space(logits[0], self.stem), *logits[1:]]
+
+    def _level(self, level, x, skip):
+        x = depth_to_space(self.ups[level](x), self.strides[level + 1])
+        return apply_all(self.blocks[level], jnp.concatenate([x, skip], axis=-1))

@@ -2,7 +2,7 @@
 
 from flax import nnx
 
-from masm_jax.models.layers import ConvNorm
+from masm_jax.models.layers import ConvNorm, apply_all
 
 
 class Encoder(nnx.Module):
@@ -20,11 +20,13 @@ class Encoder(nnx.Module):
             channels_in = width
         self.levels = nnx.List(levels)
 
-    def __call__(self, x):
-        """x: (B * M, D, H, W, C_in) -> a list with the features of every level."""
+    def __call__(self, x, wrap=lambda block: block):
+        """x: (B * M, D, H, W, C_in) -> a list with the features of every level.
+
+        ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
+        """
         features = []
         for level in self.levels:
-            for layer in level:
-                x = layer(x)
+            x = wrap(lambda x, level=level: apply_all(level, x))(x)
             features.append(x)
         return features

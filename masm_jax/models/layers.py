@@ -112,6 +112,13 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.shift[...]).astype(x.dtype)
 
 
+def apply_all(layers, x):
+    """One layer after the other."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 class ConvNorm(nnx.Module):
     """Convolution 3x3x3, instance norm, leaky ReLU.
 

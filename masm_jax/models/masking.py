@@ -19,7 +19,8 @@ def sample_keep(logits, key, temperature, noise=1.0):
 
     Args:
       logits: (B, N, 2), [..., 0] for keep and [..., 1] for prune.
-      key: a JAX PRNG key, or None outside training.
+      key: a JAX PRNG key, or None outside training; or several, (K,), each for B / K rows, so that
+        what an example draws does not depend on the batch it is in.
       temperature: of the Gumbel-Softmax, > 0.
       noise: scale of the Gumbel noise; 0 decides as without a key, but has the gradient.
 
@@ -31,7 +32,10 @@ def sample_keep(logits, key, temperature, noise=1.0):
     margin = (logits[..., 0] - logits[..., 1]).astype(jnp.float32)
     if key is None:
         return (margin >= 0).astype(jnp.float32)
-    noisy = margin + noise * jax.random.logistic(key, margin.shape)
+    keys = jnp.atleast_1d(key)
+    rows = (margin.shape[0] // len(keys), *margin.shape[1:])
+    drawn = jax.vmap(lambda one: jax.random.logistic(one, rows))(keys)
+    noisy = margin + noise * drawn.reshape(margin.shape)
     soft = jax.nn.sigmoid(noisy / temperature)
     hard = (noisy >= 0).astype(jnp.float32)
     return hard + soft - jax.lax.stop_gradient(soft)

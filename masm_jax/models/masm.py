@@ -13,18 +13,21 @@ Source: arXiv 2403.02074; docs/paper.md lists what the paper says and what we ch
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from masm_jax.models.aware import AwareMixer
+from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.encoder import Encoder
 from masm_jax.models.layers import Dense, space_to_depth
 from masm_jax.models.shift import ShiftMixer
 
 MIXERS = ("aware", "shift", "concat")
+REMAT = ("none", "blocks", "full")  # what is computed again on the way back (models/layers.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +89,7 @@ class MASM(nnx.Module):
 
     Args:
       model: the ``model`` section of a config (configs/masm_brats.py says what each key means).
-      patch: edge length of the input in voxels, a multiple of ``divisor(model)``.
+      patch: (D, H, W), the edges of the input in voxels, multiples of ``divisor(model)``.
       modalities: names, in the order of the input's axis.
       num_regions: R.
       init: where the parameters come from (models/init.py).
@@ -94,7 +97,7 @@ class MASM(nnx.Module):
 
     def __init__(self, model, *, patch, modalities, num_regions, init):
         size = SIZES[model.size]
-        self.stem, self.mixer_names = size.stem, tuple(model.mixers)
+        self.stem, self.mixer_names, self.remat = size.stem, tuple(model.mixers), model.remat
         # Modalities are seen one by one, or (no mixers) together as channels.
         folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
@@ -111,7 +114,7 @@ class MASM(nnx.Module):
             width = size.token_widths[level]
             # Level 6 attends over its voxels; elsewhere a token spans token_size input voxels.
             token = max(1, size.token_size // stride)
-            grid = (patch // (stride * token),) * 3
+            grid = tuple(edge // (stride * token) for edge in patch)
             heads = max(1, width // size.head_width)
             shared = dict(modalities=folded, width=width, heads=heads, init=init)
             if name == "aware":
@@ -148,8 +151,8 @@ class MASM(nnx.Module):
         """Segment.
 
         Args:
-          x: (B, M, D, H, W) in the compute dtype, z-scored; D = H = W = patch.
-          key: PRNG key of the Gumbel noise while training; None decides without noise.
+          x: (B, M, D, H, W) in the compute dtype, z-scored; (D, H, W) as ``patch`` was.
+          key: (B,) PRNG keys of the Gumbel noise while training; None decides without noise.
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
           deep: also return the logits of the lower levels.
@@ -159,26 +162,41 @@ class MASM(nnx.Module):
             levels 2, 3, ...
           keep: {"level1": (B, M', d, h, w) of 0 and 1, ...} of the Modality-Aware levels.
         """
+        run = functools.partial(self._run, deep=deep)
+        if self.remat == "blocks":
+            policy = jax.checkpoint_policies.save_only_these_names(CONV)
+            run = jax.checkpoint(run, policy=policy)
+        return run(x, key, temperature, noise)
+
+    def _run(self, x, key, temperature, noise, deep):
+        wrap = jax.checkpoint if self.remat == "full" else lambda block: block
         batch, modalities = x.shape[:2]
         if self.mixer_names:
             x = x.reshape(batch * modalities, *x.shape[2:], 1)
         else:
             x = jnp.moveaxis(x, 1, -1)
-        features = self.encoder(space_to_depth(x, self.stem))
+        features = self.encoder(space_to_depth(x, self.stem), wrap)
         if not self.mixer_names:
-            return self.decoder(features, deep), {}
+            return self.decoder(features, deep, wrap), {}
 
         skips, keep = [], {}
         for level, (name, folded) in enumerate(zip(self.mixer_names, features)):
             scans = folded.reshape(batch, modalities, *folded.shape[1:])
             if name == "aware":
-                level_key = None if key is None else jax.random.fold_in(key, level)
-                mixer = self.mixers[_key(level)]
+                level_key = None
+                if key is not None:
+                    level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
+                mixer = wrap(self.mixers[_key(level)])
                 scans, keep[_key(level)] = mixer(scans, level_key, temperature, noise)
             elif name == "shift":
-                scans = self.mixers[_key(level)](scans)
+                scans = wrap(self.mixers[_key(level)])(scans)
             skips.append(self.fuse[level](_modalities_as_channels(scans)))
-        return self.decoder(skips, deep), keep
+        return self.decoder(skips, deep, wrap), keep
+
+
+def edges(patch):
+    """``config.patch``, one edge or three, as (D, H, W)."""
+    return (patch,) * 3 if isinstance(patch, int) else tuple(patch)
 
 
 def divisor(model):
