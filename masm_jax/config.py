@@ -144,11 +144,13 @@ def validate(config):
             f"a multiple of {multiple}, the stride of model.size={model.size!r} with its tokens; "
             f"the nearest is {nearest[0] if isinstance(patch, int) else tuple(nearest)}",
         )
+        planes = edges(patch)[0] // multiple
         check(
-            edges(patch)[0] % config.mesh.spatial == 0,
+            planes % config.mesh.spatial == 0,
             "mesh.spatial",
             config.mesh.spatial,
-            f"a divisor of the depth of the patch ({edges(patch)[0]}), which it cuts",
+            f"a divisor of {planes}: a patch {edges(patch)[0]} deep has as many planes at the "
+            f"lowest level, and every device needs some; make config.patch deeper, or cut less",
         )
     if faults:
         raise ValueError("\n".join(faults))

@@ -6,35 +6,51 @@ smooth 1e-5, sigmoid regions, equal weights of Dice and cross-entropy).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from masm_jax.models.layers import average_pool
+from masm_jax.models.layers import average_pool, folded, space_to_depth
 
 
-def region_targets(label, regions):
-    """Label map -> one binary map per region.
+def region_targets(label, regions, factor=1):
+    """Label map -> one binary map per region, laid out as the logits are.
 
     Args:
       label: (B, D, H, W) uint8 internal labels.
       regions: sequence of tuples of label values, outer to inner.
+      factor: f, the stem of the network: its first logits hold f^3 voxels in their channels.
 
     Returns:
-      (B, D, H, W, R) float32 of 0 and 1.
+      (B, D / f, H / f, W / f, f^3 R) float32 of 0 and 1, the region running fastest.
     """
-    maps = [sum(label == value for value in values) > 0 for values in regions]
-    return jnp.stack(maps, axis=-1).astype(jnp.float32)
+    regions = list(regions)
+    voxels = jnp.repeat(space_to_depth(label[..., None], factor), len(regions), axis=-1)
+    target = jnp.zeros(voxels.shape, bool)
+    for value in sorted({value for values in regions for value in values}):
+        inside = np.tile([value in values for values in regions], factor**3)
+        target |= (voxels == value) & inside
+    return target.astype(jnp.float32)
 
 
-def overlaps(logits, targets):
+def overlaps(logits, targets, num_regions):
     """What Dice needs of every example: overlap, and the sum of both volumes.
 
     Args:
-      logits, targets: (B, D, H, W, R) float32.
+      logits, targets: (B, D, H, W, K R) float32, the region running fastest.
+      num_regions: R.
 
     Returns:
       two (B, R) float32.
     """
-    probability, voxels = jax.nn.sigmoid(logits), (1, 2, 3)
-    return (probability * targets).sum(voxels), probability.sum(voxels) + targets.sum(voxels)
+    probability = jax.nn.sigmoid(logits)
+    overlap = _voxels_summed(probability * targets, num_regions)
+    return overlap, _voxels_summed(probability + targets, num_regions)
+
+
+def _voxels_summed(x, num_regions):
+    """(B, D, H, W, K R) -> (B, R)."""
+    b, d = x.shape[:2]
+    planes = folded(x).sum((1, 2))
+    return planes.reshape(b, d, -1, num_regions).sum((1, 2))
 
 
 def soft_dice(overlap, total, *, batch_dice, smooth=1e-5):
@@ -54,32 +70,37 @@ def soft_dice(overlap, total, *, batch_dice, smooth=1e-5):
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean(0)
 
 
-def cross_entropy(logits, targets):
-    """Mean binary cross-entropy per example and region: (B, D, H, W, R) twice -> (B, R)."""
+def cross_entropy(logits, targets, num_regions):
+    """Mean binary cross-entropy per example and region; arguments and result as ``overlaps``."""
     # max(x, 0) - x t + log(1 + exp(-|x|)), the form that neither over- nor underflows.
     loss = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return loss.mean((1, 2, 3))
+    return _voxels_summed(loss, num_regions) * (num_regions / np.prod(logits.shape[1:]))
 
 
-def segmentation_terms(logits, targets):
+def segmentation_terms(logits, targets, num_regions):
     """The few numbers per example of which the loss is a function.
 
     A batch may come in parts: with their terms one after another the loss is that of the whole,
     also where it is no mean over examples, as Dice summed over the batch is not.
 
     Args:
-      logits: list over heads; [0] at full resolution, the others at coarser grids.
-      targets: (B, D, H, W, R) float32; a coarser head sees the mean over its cells (soft targets).
+      logits: list over heads; [0] (B, D, H, W, K R), the others (B, D', H', W', R) coarser.
+      targets: (B, D, H, W, K R) float32; a coarser head sees the mean over its cells (soft targets).
+      num_regions: R.
 
     Returns:
       a list over heads of {"overlap", "total", "entropy"}, each (B, R) float32; the lowest of
       several heads has no weight and is left out.
     """
+    b, d, h, w, _ = targets.shape
+    cells = targets.reshape(b, d, h, w, -1, num_regions).mean(4)
     terms = []
-    for head in logits[: max(1, len(logits) - 1)]:
-        coarse = average_pool(targets, targets.shape[1] // head.shape[1])
-        overlap, total = overlaps(head, coarse)
-        entropy = cross_entropy(head, coarse)
+    for i, head in enumerate(logits[: max(1, len(logits) - 1)]):
+        if i:
+            cells = average_pool(cells, cells.shape[1] // head.shape[1])
+        wanted = cells if i else targets
+        overlap, total = overlaps(head, wanted, num_regions)
+        entropy = cross_entropy(head, wanted, num_regions)
         terms.append({"overlap": overlap, "total": total, "entropy": entropy})
     return terms
 

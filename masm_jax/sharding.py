@@ -1,8 +1,7 @@
 """The mesh, and what lies where on it.
 
-Two axes: "data" cuts the batch, "spatial" the depth of every volume. The state is on every device:
-the largest network here is 30 MB of parameters, which to cut would save less than one activation
-(docs/scaling.md). The axes are Auto: XLA inserts the collectives.
+Two axes: "data" cuts the batch, "spatial" the depth of every volume (models/spatial.py). The state
+is on every device: to cut it would save less than one activation takes (docs/scaling.md).
 """
 
 import collections
@@ -10,6 +9,12 @@ import collections
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# Batch over "data", depth over "spatial".
+IMAGE = PartitionSpec("data", None, "spatial")  # (B, M, D, H, W)
+LABEL = PartitionSpec("data", "spatial")  # (B, D, H, W), (B, D, H, W, R)
+EXAMPLE = PartitionSpec("data")  # (B, ...): a few numbers per example
+_BATCH = {"image": IMAGE, "label": LABEL}
 
 
 def make_mesh(devices=None, *, data=0, spatial=1):
@@ -65,20 +70,13 @@ def replicated(mesh):
 
 
 def over_batch(mesh):
-    """Sharding of an image (B, M, D, H, W): batch over "data", depth over "spatial"."""
-    return NamedSharding(mesh, PartitionSpec("data", None, "spatial"))
-
-
-def _label(mesh):
-    return NamedSharding(mesh, PartitionSpec("data", "spatial"))
-
-
-BATCH = {"image": over_batch, "label": _label}  # (B, M, D, H, W) and (B, D, H, W)
+    """Sharding of an image (B, M, D, H, W)."""
+    return NamedSharding(mesh, IMAGE)
 
 
 def batch_shardings(mesh):
     """{"image", "label"}: as ``global_batch`` lays a batch out."""
-    return {name: of(mesh) for name, of in BATCH.items()}
+    return {name: NamedSharding(mesh, spec) for name, spec in _BATCH.items()}
 
 
 def rows_here(mesh, batch_size):
@@ -124,7 +122,7 @@ def global_batch(mesh, batch, batch_size=None):
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
-    return {name: put(batch[name], of(mesh)) for name, of in BATCH.items()}
+    return {name: put(batch[name], sharding) for name, sharding in batch_shardings(mesh).items()}
 
 
 def transferred(stream, mesh, batch_size, *, ahead=1):

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from masm_jax.models import spatial
 from masm_jax.models.init import Initialiser
-from masm_jax.models.masm import MASM, edges
+from masm_jax.models.masm import MASM, SIZES, edges
 from masm_jax.optim import optimiser
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -25,7 +24,7 @@ class Network:
       config: a validated config.
       modalities: names in the order of the input.
       regions: {name: label values}, outer to inner.
-      mesh: devices over whose "spatial" axis activations are cut; None: they are not.
+      mesh: of the devices that the steps (steps.py) run on; None: one.
     """
 
     def __init__(self, config, *, modalities, regions, mesh=None):
@@ -42,21 +41,26 @@ class Network:
         abstract = nnx.eval_shape(lambda: self._build(init=Initialiser(None)))
         self._graph, self._skeleton = nnx.split(abstract)
 
+    @property
+    def stem(self):
+        """Edge of the space-to-depth stem: the first logits hold stem^3 voxels each."""
+        return SIZES[self.config.model.size].stem
+
     def init(self, seed):
         """Fresh float32 parameters on the host, a nested dict; seed None: zeros, for shapes."""
         model = self._build(init=Initialiser(seed))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
-    def apply(self, params, x, *, deep=False, **gumbel):
+    def apply(self, params, x, **options):
         """x: (B, M, D, H, W) of any float dtype -> (logits, keep), as ``MASM.__call__``.
 
-        ``gumbel``: its key, temperature and noise.
+        On a mesh of several devices it is a part of ``spatial.over``; ``options`` are those of
+        ``MASM.__call__``.
         """
         state = jax.tree.map(lambda leaf: leaf, self._skeleton)  # a copy, not shared between traces
         nnx.replace_by_pure_dict(state, params)
         model = nnx.merge(self._graph, state)
-        with spatial.cut_over(self.mesh):
-            return model(x.astype(self.dtype), deep=deep, **gumbel)
+        return model(x.astype(self.dtype), **options)
 
 
 def init_state(network, params):

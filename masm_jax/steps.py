@@ -9,6 +9,8 @@ import optax
 
 from masm_jax import losses, optim
 from masm_jax.data.augment import augment
+from masm_jax.models import spatial
+from masm_jax.sharding import EXAMPLE, IMAGE, LABEL
 
 
 def train_step(network):
@@ -27,11 +29,20 @@ def train_step(network):
     keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
-    def terms_of(params, part, gumbel):
-        """The few numbers per example of which the loss is a function."""
-        targets = losses.region_targets(part["label"], regions)
-        logits, keep = network.apply(params, part["image"], deep=True, key=part["key"], **gumbel)
-        return losses.segmentation_terms(logits, targets), losses.keep_ratios(keep)
+    def local_terms(params, image, label, keys, heat, noise):
+        targets = losses.region_targets(label, regions, network.stem)
+        gumbel = {"key": keys, "temperature": heat, "noise": noise}
+        logits, keep = network.apply(params, image, deep=True, packed=True, **gumbel)
+        terms = losses.segmentation_terms(logits, targets, len(regions))
+        for head in terms:
+            head["overlap"] = spatial.total(head["overlap"])
+            head["total"] = spatial.total(head["total"])
+            head["entropy"] = spatial.mean(head["entropy"])
+        return terms, jax.tree.map(spatial.mean, losses.keep_ratios(keep))
+
+    # The few numbers per example of which the loss is a function, each device on its part.
+    specs = (IMAGE, LABEL, EXAMPLE, jax.P(), jax.P())
+    terms_of = spatial.over(network.mesh, local_terms, specs, EXAMPLE)
 
     def loss_of(terms, step):
         heads, ratios = terms
@@ -48,14 +59,12 @@ def train_step(network):
         )
         places = jnp.arange(len(image))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(gumbel_key, places)
-        batch = {"image": image.astype(network.dtype), "label": label, "key": keys}
-        gumbel = {"temperature": temperature(number), "noise": noise(number)}
-
+        heat = temperature(number)
         gradient, terms = accumulated(
-            lambda params, part: terms_of(params, part, gumbel),
+            lambda params, part: terms_of(params, *part, heat, noise(number)),
             lambda terms: loss_of(terms, number)[0],
             state["params"],
-            batch,
+            (image.astype(network.dtype), label, keys),
             config.accumulate,
         )
         loss, parts = loss_of(terms, number)
@@ -69,7 +78,7 @@ def train_step(network):
         }
         _, ratios = terms
         if ratios:
-            metrics["train/temperature"] = gumbel["temperature"]
+            metrics["train/temperature"] = heat
             metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in ratios.items()}
         state = {
             "step": number + 1,
@@ -94,7 +103,7 @@ def accumulated(terms_of, loss_of, params, batch, parts):
       terms_of: (params, batch) -> tree of arrays with a leading axis B.
       loss_of: terms -> scalar.
       params: nested dict.
-      batch: dict of arrays with a leading axis B.
+      batch: tree of arrays with a leading axis B.
       parts: a divisor of B.
 
     Returns:
@@ -131,16 +140,23 @@ def eval_step(network):
     """
     regions = list(network.regions.values())
 
-    def step(params, batch):
-        logits, keep = network.apply(params, batch["image"])
+    def local(params, image, label):
+        logits, keep = network.apply(params, image, packed=True)
         predicted = (logits[0] > 0).astype(jnp.float32)
-        targets = losses.region_targets(batch["label"], regions)
-        axes = (0, 1, 2, 3)
-        return {
-            "overlap": (predicted * targets).sum(axes),
-            "total": predicted.sum(axes) + targets.sum(axes),
-            "keep": {level: mask.mean() for level, mask in keep.items()},
-        }
+        targets = losses.region_targets(label, regions, network.stem)
+
+        def summed(x):
+            return spatial.total(x.reshape(len(x), -1, len(regions)).sum(1))
+
+        kept = jax.tree.map(spatial.mean, losses.keep_ratios(keep))
+        return summed(predicted * targets), summed(predicted + targets), kept
+
+    counts = spatial.over(network.mesh, local, (IMAGE, LABEL), EXAMPLE)
+
+    def step(params, batch):
+        overlap, total, keep = counts(params, batch["image"], batch["label"])
+        keep = {level: ratio.mean() for level, ratio in keep.items()}
+        return {"overlap": overlap.sum(0), "total": total.sum(0), "keep": keep}
 
     return step
 
@@ -148,10 +164,10 @@ def eval_step(network):
 def segment_step(network):
     """Tiles to logits: (params, (B, M, D, H, W)) -> (B, D, H, W, R) float32."""
 
-    def step(params, image):
+    def local(params, image):
         return network.apply(params, image)[0][0]
 
-    return step
+    return spatial.over(network.mesh, local, (IMAGE,), LABEL)
 
 
 def keep_names(network):
@@ -172,7 +188,7 @@ def keep_step(network):
     averages the probabilities of tiles then averages their decisions.
     """
 
-    def step(params, image):
+    def local(params, image):
         _, keep = network.apply(params, image)
         channels = []
         for level in dict.fromkeys(level for level, _ in keep_names(network)):
@@ -182,4 +198,4 @@ def keep_step(network):
             channels.append(votes)
         return 40.0 * jnp.concatenate(channels, -1).astype(jnp.float32) - 20.0
 
-    return step
+    return spatial.over(network.mesh, local, (IMAGE,), LABEL)

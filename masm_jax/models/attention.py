@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from masm_jax.models import spatial
 from masm_jax.models.layers import Dense, LayerNorm
 from masm_jax.models.masking import policy_attention
 
@@ -18,7 +19,13 @@ class SelfAttention(nnx.Module):
         self.heads = heads
 
     def __call__(self, x, keep=None):
-        """x: (B, N, width); keep: (B, N) of 0 and 1, or None where no token is pruned."""
+        """Every token of an example attends to all of them.
+
+        Args:
+          x: (B, N, width).
+          keep: (B, N) of 0 and 1; then N may be this device's part of the tokens (spatial.py). None
+            where no token is pruned, and x has them all.
+        """
         batch, tokens, width = x.shape
         head = width // self.heads
         qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.heads, head)
@@ -28,7 +35,10 @@ class SelfAttention(nnx.Module):
             scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
             y = jax.nn.softmax(scores).astype(x.dtype) @ v
         else:
-            y = policy_attention(q, k, v, keep)
+            # Keys and values of all devices that share the volume, in any order; own queries.
+            rank = jax.lax.axis_index(spatial.AXIS) if spatial.count() > 1 else 0
+            k, v, keep = spatial.whole(k, 2), spatial.whole(v, 2), spatial.whole(keep, 1)
+            y = policy_attention(q, k, v, keep, jnp.arange(tokens) + rank * tokens)
         return x + self.out(y.swapaxes(1, 2).reshape(batch, tokens, width))
 
 

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
+from masm_jax.models import spatial
 from masm_jax.models.attention import MLP, SelfAttention
-from masm_jax.models.layers import Dense, LayerNorm, upsample
+from masm_jax.models.layers import Dense, LayerNorm, folded, upsample
 from masm_jax.models.masking import sample_keep
 from masm_jax.models.tokens import Tokens
 
@@ -33,7 +35,8 @@ class Predictor(nnx.Module):
         """x: (B, N, width) -> (B, N, 2)."""
         x = jax.nn.gelu(self.inner(self.norm(x)), approximate=False)
         local, whole = jnp.split(x, 2, axis=-1)
-        whole = jnp.broadcast_to(whole.mean(1, keepdims=True), whole.shape)
+        mean = spatial.mean(whole.mean(1, keepdims=True))
+        whole = jnp.broadcast_to(mean, whole.shape)
         x = jnp.concatenate([local, whole], axis=-1)
         return self.logits(jax.nn.gelu(self.hidden(x), approximate=False))
 
@@ -72,19 +75,22 @@ class AwareMixer(nnx.Module):
           (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M'
           runs over the modalities of the pairs in their order.
         """
+        modalities = x.shape[1]
         members = np.array(self.pairs).reshape(-1)  # a0 b0 a1 b1 ...
         partners = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)
         batch, count = x.shape[0], len(members)
-        tokens = self.tokens.encode(x)[:, members]
+        tokens = _pick(self.tokens.encode(x), members)
         grid, width = tokens.shape[2:5], tokens.shape[-1]
         flat = tokens.reshape(batch * count, -1, width)
         keep = sample_keep(self.predictor(flat), key, temperature, noise)
         keep = keep.reshape(batch, count, *grid)
 
-        own, other = x[:, members], x[:, partners]
         # Blended across the border of a patch: a hard border shows in the segmentation.
-        mask = upsample(keep.reshape(-1, *grid, 1), self.tokens.patch)
-        mixed = _replace(own, other, mask.reshape(*own.shape[:-1], 1))
+        mask = _spread(keep, members, modalities, 1.0)
+        mask = upsample(mask.reshape(-1, *grid, 1), self.tokens.patch)
+        source = np.arange(modalities)
+        source[members] = partners
+        mixed = _replace(folded(x), _exchanged(x, source), folded(mask))
         swapped = tokens.reshape(batch, -1, 2, *grid, width)[:, :, ::-1].reshape(tokens.shape)
         tokens = _replace(tokens, swapped, keep[..., None])
 
@@ -92,13 +98,54 @@ class AwareMixer(nnx.Module):
         pair_keep = keep.reshape(batch * len(self.pairs), -1)
         for attention, mlp in zip(self.attention, self.mlp):
             pair_tokens = mlp(attention(pair_tokens, pair_keep))
-        mixed = self.tokens.modulate(mixed, pair_tokens.reshape(tokens.shape))
-        if sorted(members) == list(range(x.shape[1])):
-            return mixed[:, np.argsort(members)], keep
-        return x.at[:, members].set(mixed), keep
+        cells = self.tokens.cells_of(pair_tokens.reshape(tokens.shape))
+        cells = _spread(cells, members, modalities, 0.0)  # no gate, no shift where there is no pair
+        return self.tokens.modulate(mixed.reshape(x.shape), cells), keep
 
 
 def _replace(own, other, keep):
     """m x_a + (1 - m) x_b: kept patches stay, pruned ones become the partner's."""
     keep = keep.astype(own.dtype)
     return keep * own + (1 - keep) * other
+
+
+def _pick(x, chosen):
+    """x[:, chosen] by slices: XLA has no fast gather on TPU, and a loop for its way back."""
+    if list(chosen) == list(range(x.shape[1])):
+        return x
+    return jnp.stack([x[:, i] for i in chosen], axis=1)
+
+
+def _spread(x, places, size, rest):
+    """The inverse of ``_pick``: x[:, i] comes to places[i] of ``size``; ``rest`` is elsewhere."""
+    if list(places) == list(range(size)):
+        return x
+    found = {int(place): x[:, i] for i, place in enumerate(places)}
+    empty = jnp.full_like(x[:, 0], rest)
+    return jnp.stack([found.get(place, empty) for place in range(size)], axis=1)
+
+
+def _exchanged(x, source):
+    """x[:, source], folded (layers.folded): as moves of the planes by whole modalities.
+
+    Args:
+      x: (B, M, D, H, W, C).
+      source: (M,) ints.
+
+    Returns:
+      (B M D, H, W, C).
+    """
+    batch, modalities, depth = x.shape[:3]
+    planes = folded(x)
+    steps = source - np.arange(modalities)
+    result = None
+    for step in np.unique(steps):
+        by = int(step) * depth
+        moved = lax.pad(planes, jnp.zeros((), x.dtype), [(-by, by, 0), *[(0, 0, 0)] * 3])
+        if result is None:
+            result = moved
+            continue
+        here = jnp.asarray(steps == step)[None, :, None]
+        here = jnp.broadcast_to(here, (batch, modalities, depth)).reshape(-1, 1, 1, 1)
+        result = jnp.where(here, moved, result)
+    return result

@@ -13,14 +13,13 @@ One function, ``conv``, one result; three ways to compute it:
 
 import contextlib
 import contextvars
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from masm_jax.models.spatial import with_neighbours
+from masm_jax.models import spatial
 
 LOWERINGS = ("direct", "taps", "stacked")
 CONV = "conv"  # name of the results, for those who decide what is kept for the way back
@@ -62,30 +61,30 @@ def conv(x, kernel, *, stride=1, lowering=None):
     lowering = lowering or fastest(_platform.get() or jax.default_backend())
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {LOWERINGS} or None")
-    compute = functools.partial(_FORMS[lowering], stride=stride)
-    y = with_neighbours(compute, x, kernel, reach=size // 2, stride=stride)
+    y = _FORMS[lowering](x, kernel.astype(x.dtype), stride)
     return checkpoint_name(y, CONV)
 
 
-def _direct(x, kernel, *, stride):
-    """x has its neighbours in depth already: (B, D + 2 (k // 2), H, W, C)."""
-    side = (kernel.shape[0] // 2,) * 2
+def _direct(x, kernel, stride):
+    side = kernel.shape[0] // 2
     numbers = ("NDHWC", "DHWIO", "NDHWC")
-    strides, pad = (stride,) * 3, [(0, 0), side, side]
-    kernel = kernel.astype(x.dtype)
-    return lax.conv_general_dilated(x, kernel, strides, pad, dimension_numbers=numbers)
+    depth = (side, side)
+    if spatial.count() > 1:
+        x, depth = spatial.with_halo(x, side), (0, 0)
+    pad = [depth, (side, side), (side, side)]
+    return lax.conv_general_dilated(x, kernel, (stride,) * 3, pad, dimension_numbers=numbers)
 
 
-def _taps(x, kernel, *, stride):
-    kernel = kernel.astype(x.dtype)
-    return sum(_planes(tap, kernel[t], stride) for t, tap in enumerate(_shifted(x, kernel, stride)))
+def _taps(x, kernel, stride):
+    shifted = _shifted(x, kernel, stride)
+    return sum(_planes(tap, kernel[t], stride) for t, tap in enumerate(shifted))
 
 
-def _stacked(x, kernel, *, stride):
+def _stacked(x, kernel, stride):
     size = kernel.shape[0]
     beside = jnp.concatenate(_shifted(x, kernel, stride), axis=-1)
-    kernel = jnp.moveaxis(kernel.astype(x.dtype), 0, 2)
-    return _planes(beside, kernel.reshape(size, size, -1, kernel.shape[-1]), stride)
+    kernel = jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
+    return _planes(beside, kernel, stride)
 
 
 _FORMS = {"direct": _direct, "taps": _taps, "stacked": _stacked}
@@ -93,8 +92,18 @@ _FORMS = {"direct": _direct, "taps": _taps, "stacked": _stacked}
 
 def _shifted(x, kernel, stride):
     """What each depth tap of the kernel sees: k arrays (B, ceil(D / stride), H, W, C)."""
-    span = x.shape[1] - kernel.shape[0] + 1
-    return [x[:, t : t + span : stride] for t in range(kernel.shape[0])]
+    taps = (spatial.neighbour(x, t - kernel.shape[0] // 2) for t in range(kernel.shape[0]))
+    return [_every(tap, stride) for tap in taps]
+
+
+def _every(x, stride):
+    """Every ``stride``-th plane, where possible without unfolding depth from the batch."""
+    if stride == 1:
+        return x
+    if x.shape[1] % stride:
+        return x[:, ::stride]
+    planes = x.reshape(-1, *x.shape[2:])[::stride]
+    return planes.reshape(x.shape[0], -1, *x.shape[2:])
 
 
 def _planes(x, kernel, stride):

@@ -42,13 +42,13 @@ class Decoder(nnx.Module):
         )
         for head in self.heads:
             head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)
-        self.strides, self.stem = tuple(strides), stem
+        self.strides = tuple(strides)
 
     def __call__(self, skips, deep=False, wrap=lambda block: block):
         """skips: per level (B, D_j, H_j, W_j, C_j) -> logits, float32, one array per head.
 
-        The first is (B, D, H, W, R) at full resolution; the others, at the grids of levels 2, 3,
-        ..., only where ``deep``. ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
+        The first is (B, D_1, H_1, W_1, stem^3 R), to be unpacked by ``depth_to_space``; the others,
+        (B, D_j, H_j, W_j, R) at the grids of levels 2, 3, ..., only where ``deep``. ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
         """
         x = skips[-1]
         logits = []
@@ -57,7 +57,7 @@ class Decoder(nnx.Module):
             if level < len(self.heads) and (deep or level == 0):
                 logits.append(self.heads[level](x).astype(jnp.float32))
         logits.reverse()
-        return [depth_to_space(logits[0], self.stem), *logits[1:]]
+        return logits
 
     def _level(self, level, x, skip):
         x = depth_to_space(self.ups[level](x), self.strides[level + 1])

@@ -23,7 +23,7 @@ from masm_jax.models.aware import AwareMixer
 from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.encoder import Encoder
-from masm_jax.models.layers import Dense, space_to_depth
+from masm_jax.models.layers import Dense, depth_to_space, space_to_depth
 from masm_jax.models.shift import ShiftMixer
 
 MIXERS = ("aware", "shift", "concat")
@@ -147,7 +147,7 @@ class MASM(nnx.Module):
             init=init,
         )
 
-    def __call__(self, x, *, key=None, temperature=1.0, noise=1.0, deep=False):
+    def __call__(self, x, *, key=None, temperature=1.0, noise=1.0, deep=False, packed=False):
         """Segment.
 
         Args:
@@ -156,6 +156,7 @@ class MASM(nnx.Module):
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
           deep: also return the logits of the lower levels.
+          packed: leave the first logits (B, D / s, H / s, W / s, s^3 R), s the stem, as computed.
 
         Returns:
           logits: list of float32 arrays; first (B, D, H, W, R), then, if ``deep``, the grids of
@@ -166,7 +167,10 @@ class MASM(nnx.Module):
         if self.remat == "blocks":
             policy = jax.checkpoint_policies.save_only_these_names(CONV)
             run = jax.checkpoint(run, policy=policy)
-        return run(x, key, temperature, noise)
+        logits, keep = run(x, key, temperature, noise)
+        if not packed:
+            logits[0] = depth_to_space(logits[0], self.stem)
+        return logits, keep
 
     def _run(self, x, key, temperature, noise, deep):
         wrap = jax.checkpoint if self.remat == "full" else lambda block: block

@@ -58,7 +58,10 @@ def offsets(pattern, grid, num_modalities):
 
 
 def shift(x, offsets):  # noqa: A002 - the published name
-    """X'[b, m, p] = X[b, (m + offset(p)) mod M, p]: one static gather over the modality axis.
+    """X'[b, m, p] = X[b, (m + offset(p)) mod M, p], the offsets known while tracing.
+
+    Written as a choice between the M rolls of the modality axis: on TPU a gather is a loop over
+    places, and so is its way back.
 
     Args:
       x: (B, M, D, H, W, C).
@@ -67,17 +70,22 @@ def shift(x, offsets):  # noqa: A002 - the published name
     Returns:
       (B, M, D, H, W, C), a permutation of ``x`` within every place.
     """
-    return _gather(x, np.asarray(offsets))
+    return _chosen(x, np.asarray(offsets))
 
 
 def unshift(x, offsets):
     """The exact inverse of ``shift`` with the same offsets."""
-    return _gather(x, -np.asarray(offsets))
+    return _chosen(x, -np.asarray(offsets))
 
 
-def _gather(x, offsets):
+def _chosen(x, offsets):
     modalities = x.shape[1]
     if not offsets.any() or modalities == 1:
         return x
-    source = (np.arange(modalities)[:, None, None, None] + offsets) % modalities
-    return jnp.take_along_axis(x, source[None, ..., None], axis=1, mode="promise_in_bounds")
+    offsets = offsets % modalities
+    result = x
+    for step in range(1, modalities):
+        here = offsets == step
+        if here.any():
+            result = jnp.where(jnp.asarray(here)[..., None], jnp.roll(x, -step, axis=1), result)
+    return result

@@ -6,6 +6,7 @@ self-attention at the high level, without extra parameters; the patterns are in 
 
 from flax import nnx
 
+from masm_jax.models import spatial
 from masm_jax.models.attention import MLP, SelfAttention
 from masm_jax.models.mosaic import offsets, shift, unshift
 from masm_jax.models.tokens import Tokens
@@ -25,13 +26,13 @@ class ShiftMixer(nnx.Module):
 
     def __call__(self, x):
         """x: (B, M, D, H, W, C) -> the same shape."""
-        tokens = self.tokens.encode(x)
+        tokens = spatial.whole(self.tokens.encode(x), 2)  # few: every device works on all of them
         table = offsets(self.mosaic, self.tokens.grid, self.modalities)
         b, m, d, h, w, width = tokens.shape
-        for spatial, across, mlp in zip(self.spatial, self.across, self.mlp):
+        for within, across, mlp in zip(self.spatial, self.across, self.mlp):
             mixed = shift(tokens, table).reshape(b * m, d * h * w, width)
-            tokens = unshift(spatial(mixed).reshape(tokens.shape), table)
+            tokens = unshift(within(mixed).reshape(tokens.shape), table)
             places = tokens.transpose(0, 2, 3, 4, 1, 5).reshape(b * d * h * w, m, width)
             places = mlp(across(places))
             tokens = places.reshape(b, d, h, w, m, width).transpose(0, 4, 1, 2, 3, 5)
-        return self.tokens.modulate(x, tokens)
+        return self.tokens.modulate(x, self.tokens.cells_of(spatial.own(tokens, 2)))

@@ -1,8 +1,10 @@
-"""Volumes cut along depth over devices: each holds some planes of every volume.
+"""Volumes of which each device holds some planes: what has to be known of the others.
 
-Element by element nothing changes, and where sums run over a whole volume XLA inserts the
-collectives. A convolution needs its neighbours' planes. It gets them here by hand: ``conv`` folds
-depth into the batch (models/conv.py), where XLA's partitioner would not see neighbours any more.
+The network runs under ``jax.shard_map`` (``over``): every device computes on its own examples and,
+where the mesh has a "spatial" axis, on its own planes of them. Element by element nothing changes;
+here is the rest: neighbouring planes, means over a whole volume, and all planes together.
+
+Without that axis all of it falls back to what one device does.
 """
 
 import contextlib
@@ -11,47 +13,115 @@ import contextvars
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
 
-_mesh = contextvars.ContextVar("mesh", default=None)
+AXIS = "spatial"
+_count = contextvars.ContextVar("count", default=1)
+
+
+def over(mesh, function, specs, out_specs):
+    """``function``, each device on its part.
+
+    Args:
+      mesh: ("data", "spatial"), or None: as it is, on whatever device.
+      function: of arrays; its first argument is on every device (parameters).
+      specs: PartitionSpecs of the other arguments.
+      out_specs: PartitionSpecs of the results.
+
+    Returns:
+      A function of the same arguments as global arrays.
+    """
+    if mesh is None or mesh.devices.size == 1:
+        return function
+
+    def local(params, *arguments):
+        # Here, in float32, and not behind the first cast: gradients are summed in their precision.
+        params = jax.tree.map(lambda leaf: lax.pcast(leaf, mesh.axis_names, to="varying"), params)
+        with _cut(mesh.shape[AXIS]):
+            return function(params, *arguments)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), *specs), out_specs=out_specs)
 
 
 @contextlib.contextmanager
-def cut_over(mesh):
-    """Inside, depth is cut over the "spatial" axis of a mesh; None: not cut."""
-    token = _mesh.set(mesh if mesh is not None and mesh.shape["spatial"] > 1 else None)
+def _cut(count):
+    token = _count.set(count)
     try:
         yield
     finally:
-        _mesh.reset(token)
+        _count.reset(token)
 
 
-def with_neighbours(function, x, kernel, *, reach, stride=1):
-    """``function`` of x with ``reach`` more planes on both sides, and of a kernel.
+def count():
+    """Devices that share a volume."""
+    return _count.get()
 
-    At the ends of the volume they are zero; at a cut they come from the device next door. Where the
-    depth cannot be cut evenly (the lowest levels) every device works on whole volumes.
+
+def mean(x):
+    """Mean over the devices that share a volume."""
+    return x if count() == 1 else lax.pmean(x, AXIS)
+
+
+def total(x):
+    """Sum over the devices that share a volume."""
+    return x if count() == 1 else lax.psum(x, AXIS)
+
+
+def whole(x, axis):
+    """The planes of all devices together, along ``axis``."""
+    return x if count() == 1 else lax.all_gather(x, AXIS, axis=axis, tiled=True)
+
+
+def own(x, axis):
+    """This device's planes of an array that has them all."""
+    if count() == 1:
+        return x
+    planes = x.shape[axis] // count()
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * planes, planes, axis)
+
+
+def neighbour(x, by):
+    """The plane ``by`` further on in depth, at every plane; zero past the ends of the volume.
 
     Args:
-      function: (x (B, D + 2 reach, H, W, C), kernel) -> (B, D / stride, H', W', C').
-      x: (B, D, H, W, C), batch over "data".
-      kernel: the same on all devices; its gradient is summed over them in its own dtype.
-      reach: planes.
-      stride: of ``function`` along depth.
+      x: (B, D, H, W, C).
+      by: planes, of either sign, fewer than D.
+
+    Returns:
+      (B, D, H, W, C).
     """
-    mesh = _mesh.get()
-    planes = PartitionSpec("data", "spatial")
-    if mesh is None or x.shape[1] % (mesh.shape["spatial"] * stride):
-        if mesh is not None:
-            x = lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data")))
-        return function(jnp.pad(x, ((0, 0), (reach, reach), (0, 0), (0, 0), (0, 0))), kernel)
-    last = mesh.shape["spatial"] - 1
+    if by == 0:
+        return x
+    if count() > 1:
+        depth = x.shape[1]
+        padded = _with_halo(x, abs(by))
+        return lax.slice_in_dim(padded, abs(by) + by, abs(by) + by + depth, axis=1)
+    # Depth stays folded into the batch (layers.folded): on TPU, unfolding it here would move
+    # everything twice. What comes over from the example next door is masked.
+    batch, depth = x.shape[:2]
+    planes = x.reshape(-1, *x.shape[2:])
+    moved = lax.pad(planes, jnp.zeros((), x.dtype), [(-by, by, 0), *[(0, 0, 0)] * 3])
+    place = jnp.arange(depth) + by
+    inside = jnp.broadcast_to((place >= 0) & (place < depth), (batch, depth))
+    moved = jnp.where(inside.reshape(-1, 1, 1, 1), moved, jnp.zeros((), x.dtype))
+    return moved.reshape(x.shape)
 
-    def local(x, kernel):
-        up = [(i, i + 1) for i in range(last)]
-        before = lax.ppermute(x[:, -reach:], "spatial", up)  # zeros where nobody sends
-        behind = lax.ppermute(x[:, :reach], "spatial", [(j, i) for i, j in up])
-        return function(jnp.concatenate([before, x, behind], axis=1), kernel)
 
-    cut = jax.shard_map(local, mesh=mesh, in_specs=(planes, PartitionSpec()), out_specs=planes)
-    return cut(x, kernel)
+def with_halo(x, reach):
+    """x with ``reach`` more planes on both sides, zero past the ends: (B, D + 2 reach, ...)."""
+    if count() == 1:
+        return jnp.pad(x, ((0, 0), (reach, reach), *[(0, 0)] * (x.ndim - 2)))
+    return _with_halo(x, reach)
+
+
+def at_ends():
+    """(first, last): whether this device's planes begin, and end, the volume."""
+    if count() == 1:
+        return True, True
+    return lax.axis_index(AXIS) == 0, lax.axis_index(AXIS) == count() - 1
+
+
+def _with_halo(x, reach):
+    up = [(i, i + 1) for i in range(count() - 1)]
+    before = lax.ppermute(x[:, -reach:], AXIS, up)  # zeros where nobody sends
+    behind = lax.ppermute(x[:, :reach], AXIS, [(j, i) for i, j in up])
+    return jnp.concatenate([before, x, behind], axis=1)

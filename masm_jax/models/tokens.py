@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from masm_jax.models.layers import Dense, average_pool, upsample
+from masm_jax.models import spatial
+from masm_jax.models.layers import Dense, average_pool, folded, upsample
 
 
 class Tokens(nnx.Module):
@@ -29,36 +30,40 @@ class Tokens(nnx.Module):
         Raises:
           ValueError: the token grid is not the one the positions were made for.
         """
-        grid = tuple(n // self.patch for n in x.shape[2:5])
+        b, m, *edges, c = x.shape
+        d, h, w = (n // self.patch for n in edges)
+        grid = (d * spatial.count(), h, w)
         if grid != self.grid:
             raise ValueError(
                 f"input gives a token grid of {grid}, the model was made for {self.grid}: feed "
                 f"patches of the configured edge (config.patch), as the sliding window does"
             )
-        x = average_pool(x, self.patch // self.cells)
-        b, m, _, _, _, c = x.shape
-        d, h, w = grid
         n = self.cells
+        x = average_pool(x.reshape(b * m, *edges, c), self.patch // n)
         x = x.reshape(b, m, d, n, h, n, w, n, c).transpose(0, 1, 2, 4, 6, 3, 5, 7, 8)
         tokens = self.embed(x.reshape(b, m, d, h, w, n**3 * c))
         modality = self.modality[...][:, None, None, None, :]
-        return tokens + (self.position[...] + modality).astype(x.dtype)
+        return tokens + (spatial.own(self.position[...], 0) + modality).astype(x.dtype)
 
-    def modulate(self, x, tokens):
-        """What the tokens say, applied to the features they came from: x (1 + gate) + shift.
-
-        Args:
-          x: (B, M, D, H, W, C).
-          tokens: (B, M, d, h, w, width).
-
-        Returns:
-          (B, M, D, H, W, C).
-        """
+    def cells_of(self, tokens):
+        """Tokens (B, M, d, h, w, width) -> gate and shift of every cell, (B, M, n d, n h, n w, 2 C)."""
         y = self.restore(tokens)
         b, m, d, h, w, c = y.shape
         n = self.cells
         y = y.reshape(b, m, d, h, w, n, n, n, c // n**3).transpose(0, 1, 2, 5, 3, 6, 4, 7, 8)
+        return y.reshape(b, m, d * n, h * n, w * n, c // n**3)
+
+    def modulate(self, x, cells):
+        """What the tokens say, applied to the features they came from: x (1 + gate) + shift.
+
+        Args:
+          x: (B, M, D, H, W, C).
+          cells: of ``cells_of``.
+
+        Returns:
+          (B, M, D, H, W, C).
+        """
         # Upsampled smoothly: held constant over cells, the gates draw their edges into the result.
-        y = upsample(y.reshape(b * m, d * n, h * n, w * n, c // n**3), self.patch // n)
-        gate, shift = jnp.split(y.reshape(b, m, *x.shape[2:5], -1), 2, axis=-1)
-        return x * (1 + gate) + shift
+        y = upsample(cells.reshape(-1, *cells.shape[2:]), self.patch // self.cells)
+        gate, shift = jnp.split(folded(y), 2, axis=-1)
+        return (folded(x) * (1 + gate) + shift).reshape(x.shape)
