@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from masm_jax.models.layers import average_pool, folded, space_to_depth
+from masm_jax.models.layers import average_pool, planes, space_to_depth, volumes
 
 
 def region_targets(label, regions, factor=1):
@@ -23,7 +23,8 @@ def region_targets(label, regions, factor=1):
       (B, D / f, H / f, W / f, f^3 R) float32 of 0 and 1, the region running fastest.
     """
     regions = list(regions)
-    voxels = jnp.repeat(space_to_depth(label[..., None], factor), len(regions), axis=-1)
+    cells = volumes(space_to_depth(planes(label[..., None]), factor), label.shape[1] // factor)
+    voxels = jnp.repeat(cells, len(regions), axis=-1)
     target = jnp.zeros(voxels.shape, bool)
     for value in sorted({value for values in regions for value in values}):
         inside = np.tile([value in values for values in regions], factor**3)
@@ -49,8 +50,8 @@ def overlaps(logits, targets, num_regions):
 def _voxels_summed(x, num_regions):
     """(B, D, H, W, K R) -> (B, R)."""
     b, d = x.shape[:2]
-    planes = folded(x).sum((1, 2))
-    return planes.reshape(b, d, -1, num_regions).sum((1, 2))
+    rows = planes(x).sum((1, 2))
+    return rows.reshape(b, d, -1, num_regions).sum((1, 2))
 
 
 def soft_dice(overlap, total, *, batch_dice, smooth=1e-5):
@@ -85,7 +86,7 @@ def segmentation_terms(logits, targets, num_regions):
 
     Args:
       logits: list over heads; [0] (B, D, H, W, K R), the others (B, D', H', W', R) coarser.
-      targets: (B, D, H, W, K R) float32; a coarser head sees the mean over its cells (soft targets).
+      targets: (B, D, H, W, K R) float32; a coarser head sees the mean over its cells.
       num_regions: R.
 
     Returns:
@@ -97,7 +98,8 @@ def segmentation_terms(logits, targets, num_regions):
     terms = []
     for i, head in enumerate(logits[: max(1, len(logits) - 1)]):
         if i:
-            cells = average_pool(cells, cells.shape[1] // head.shape[1])
+            factor = cells.shape[1] // head.shape[1]
+            cells = volumes(average_pool(planes(cells), factor), head.shape[1])
         wanted = cells if i else targets
         overlap, total = overlaps(head, wanted, num_regions)
         entropy = cross_entropy(head, wanted, num_regions)

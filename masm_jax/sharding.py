@@ -107,8 +107,8 @@ def global_batch(mesh, batch, batch_size=None):
 
     Args:
       mesh: of the run.
-      batch: {"image": (b, M, D, H, W), "label": (b, D, H, W)} NumPy arrays, the ``rows_here``; other
-        entries are left out.
+      batch: {"image": (b, M, D, H, W), "label": (b, D, H, W)} NumPy arrays, the ``rows_here``;
+        other entries are left out.
       batch_size: B; None where the batch is whole, as on a single process.
     """
     batch_size = batch_size or len(batch["label"])

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from masm_jax.models import spatial
 from masm_jax.models.attention import MLP, SelfAttention
-from masm_jax.models.layers import Dense, LayerNorm, folded, upsample
+from masm_jax.models.layers import Dense, LayerNorm, upsample
 from masm_jax.models.masking import sample_keep
 from masm_jax.models.tokens import Tokens
 
@@ -62,35 +61,35 @@ class AwareMixer(nnx.Module):
         self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 
-    def __call__(self, x, key=None, temperature=1.0, noise=1.0):
+    def __call__(self, x, depth, key=None, temperature=1.0, noise=1.0):
         """Mix the pairs.
 
         Args:
-          x: (B, M, D, H, W, C) features of one level.
+          x: (M B D, H, W, C), planes of the features of one level, modality slowest.
+          depth: D.
           key: (B,) PRNG keys while training, None otherwise.
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
 
         Returns:
-          (B, M, D, H, W, C) mixed features, and keep (B, M', d, h, w) float32 of 0 and 1, where M'
-          runs over the modalities of the pairs in their order.
+          mixed features like ``x``, and keep (B, M', d, h, w) float32 of 0 and 1, where M' runs
+          over the modalities of the pairs in their order.
         """
-        modalities = x.shape[1]
+        modalities = len(self.tokens.modality[...])
         members = np.array(self.pairs).reshape(-1)  # a0 b0 a1 b1 ...
         partners = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)
-        batch, count = x.shape[0], len(members)
-        tokens = _pick(self.tokens.encode(x), members)
-        grid, width = tokens.shape[2:5], tokens.shape[-1]
+        tokens = _pick(self.tokens.encode(x, depth), members)
+        batch, count, *grid, width = tokens.shape
         flat = tokens.reshape(batch * count, -1, width)
         keep = sample_keep(self.predictor(flat), key, temperature, noise)
         keep = keep.reshape(batch, count, *grid)
 
         # Blended across the border of a patch: a hard border shows in the segmentation.
-        mask = _spread(keep, members, modalities, 1.0)
-        mask = upsample(mask.reshape(-1, *grid, 1), self.tokens.patch)
+        mask = _spread(keep, members, modalities, 1.0).swapaxes(0, 1)
+        mask = upsample(mask.reshape(-1, *grid[1:], 1), self.tokens.patch, grid[0])
         source = np.arange(modalities)
         source[members] = partners
-        mixed = _replace(folded(x), _exchanged(x, source), folded(mask))
+        mixed = _replace(x, exchanged(x, source), mask)
         swapped = tokens.reshape(batch, -1, 2, *grid, width)[:, :, ::-1].reshape(tokens.shape)
         tokens = _replace(tokens, swapped, keep[..., None])
 
@@ -100,7 +99,7 @@ class AwareMixer(nnx.Module):
             pair_tokens = mlp(attention(pair_tokens, pair_keep))
         cells = self.tokens.cells_of(pair_tokens.reshape(tokens.shape))
         cells = _spread(cells, members, modalities, 0.0)  # no gate, no shift where there is no pair
-        return self.tokens.modulate(mixed.reshape(x.shape), cells), keep
+        return self.tokens.modulate(mixed, cells), keep
 
 
 def _replace(own, other, keep):
@@ -125,27 +124,9 @@ def _spread(x, places, size, rest):
     return jnp.stack([found.get(place, empty) for place in range(size)], axis=1)
 
 
-def _exchanged(x, source):
-    """x[:, source], folded (layers.folded): as moves of the planes by whole modalities.
-
-    Args:
-      x: (B, M, D, H, W, C).
-      source: (M,) ints.
-
-    Returns:
-      (B M D, H, W, C).
-    """
-    batch, modalities, depth = x.shape[:3]
-    planes = folded(x)
-    steps = source - np.arange(modalities)
-    result = None
-    for step in np.unique(steps):
-        by = int(step) * depth
-        moved = lax.pad(planes, jnp.zeros((), x.dtype), [(-by, by, 0), *[(0, 0, 0)] * 3])
-        if result is None:
-            result = moved
-            continue
-        here = jnp.asarray(steps == step)[None, :, None]
-        here = jnp.broadcast_to(here, (batch, modalities, depth)).reshape(-1, 1, 1, 1)
-        result = jnp.where(here, moved, result)
-    return result
+def exchanged(x, source):
+    """Planes (M B D, H, W, C), modality slowest, of which m is taken from source[m]."""
+    if list(source) == list(range(len(source))):
+        return x
+    parts = jnp.split(x, len(source))
+    return jnp.concatenate([parts[m] for m in source])

@@ -42,18 +42,19 @@ def traced_for(platform):
         _platform.reset(token)
 
 
-def conv(x, kernel, *, stride=1, lowering=None):
+def conv(x, kernel, *, depth, stride=1, lowering=None):
     """3-D convolution, padded as PyTorch's ``padding=k // 2`` (symmetric, at every stride).
 
     Args:
-      x: (B, D, H, W, C) features.
+      x: (B D, H, W, C) features, as planes (layers.planes).
       kernel: (k, k, k, C, C_out) with odd k; cast to the dtype of ``x``.
+      depth: D.
       stride: 1 or 2, the same on every axis.
       lowering: one of LOWERINGS; None picks the fastest for the default backend, or for the
         platform of ``traced_for``.
 
     Returns:
-      (B, ceil(D / stride), ceil(H / stride), ceil(W / stride), C_out) in the dtype of ``x``.
+      (B ceil(D / stride), ceil(H / stride), ceil(W / stride), C_out) in the dtype of ``x``.
     """
     size = kernel.shape[0]
     if size == 1 and stride == 1:
@@ -61,28 +62,29 @@ def conv(x, kernel, *, stride=1, lowering=None):
     lowering = lowering or fastest(_platform.get() or jax.default_backend())
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {LOWERINGS} or None")
-    y = _FORMS[lowering](x, kernel.astype(x.dtype), stride)
+    y = _FORMS[lowering](x, kernel.astype(x.dtype), depth, stride)
     return checkpoint_name(y, CONV)
 
 
-def _direct(x, kernel, stride):
+def _direct(x, kernel, depth, stride):
     side = kernel.shape[0] // 2
     numbers = ("NDHWC", "DHWIO", "NDHWC")
-    depth = (side, side)
+    volumes, ends = x.reshape(-1, depth, *x.shape[1:]), (side, side)
     if spatial.count() > 1:
-        x, depth = spatial.with_halo(x, side), (0, 0)
-    pad = [depth, (side, side), (side, side)]
-    return lax.conv_general_dilated(x, kernel, (stride,) * 3, pad, dimension_numbers=numbers)
+        volumes, ends = spatial.with_halo(volumes, side), (0, 0)
+    pad = [ends, (side, side), (side, side)]
+    y = lax.conv_general_dilated(volumes, kernel, (stride,) * 3, pad, dimension_numbers=numbers)
+    return y.reshape(-1, *y.shape[2:])
 
 
-def _taps(x, kernel, stride):
-    shifted = _shifted(x, kernel, stride)
+def _taps(x, kernel, depth, stride):
+    shifted = _shifted(x, kernel, depth, stride)
     return sum(_planes(tap, kernel[t], stride) for t, tap in enumerate(shifted))
 
 
-def _stacked(x, kernel, stride):
+def _stacked(x, kernel, depth, stride):
     size = kernel.shape[0]
-    beside = jnp.concatenate(_shifted(x, kernel, stride), axis=-1)
+    beside = jnp.concatenate(_shifted(x, kernel, depth, stride), axis=-1)
     kernel = jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
     return _planes(beside, kernel, stride)
 
@@ -90,31 +92,22 @@ def _stacked(x, kernel, stride):
 _FORMS = {"direct": _direct, "taps": _taps, "stacked": _stacked}
 
 
-def _shifted(x, kernel, stride):
-    """What each depth tap of the kernel sees: k arrays (B, ceil(D / stride), H, W, C)."""
-    taps = (spatial.neighbour(x, t - kernel.shape[0] // 2) for t in range(kernel.shape[0]))
-    return [_every(tap, stride) for tap in taps]
+def _shifted(x, kernel, depth, stride):
+    """What each depth tap of the kernel sees: k arrays (B ceil(D / stride), H, W, C)."""
+    taps = (spatial.neighbour(x, t - kernel.shape[0] // 2, depth) for t in range(kernel.shape[0]))
+    return [_every(tap, depth, stride) for tap in taps]
 
 
-def _every(x, stride):
-    """Every ``stride``-th plane, where possible without unfolding depth from the batch."""
-    if stride == 1:
-        return x
-    if x.shape[1] % stride:
-        return x[:, ::stride]
-    planes = x.reshape(-1, *x.shape[2:])[::stride]
-    return planes.reshape(x.shape[0], -1, *x.shape[2:])
+def _every(x, depth, stride):
+    """Every ``stride``-th plane, where possible without unfolding depth."""
+    if depth % stride:
+        volumes = x.reshape(-1, depth, *x.shape[1:])[:, ::stride]
+        return volumes.reshape(-1, *x.shape[1:])
+    return x[::stride]
 
 
 def _planes(x, kernel, stride):
-    """The same 2-D convolution in every depth plane: (B, D, H, W, C) -> (B, D, H', W', C_out)."""
-    batch, depth, height, width, channels = x.shape
+    """The same 2-D convolution in every plane: (N, H, W, C) -> (N, H', W', C_out)."""
     pad = [(kernel.shape[0] // 2,) * 2] * 2
-    y = lax.conv_general_dilated(
-        x.reshape(batch * depth, height, width, channels),
-        kernel,
-        (stride, stride),
-        pad,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return y.reshape(batch, depth, *y.shape[1:])
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=numbers)

@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import nnx
 
-from masm_jax.models.layers import ConvNorm, Dense, apply_all, depth_to_space
+from masm_jax.models.layers import ConvNorm, Dense, apply_all, depth_to_space, volumes
 
 # Tumour is rare: heads start at sigmoid(-4) = 2 % instead of 50 %, or the first steps go into the
 # bias.
@@ -45,20 +45,27 @@ class Decoder(nnx.Module):
         self.strides = tuple(strides)
 
     def __call__(self, skips, deep=False, wrap=lambda block: block):
-        """skips: per level (B, D_j, H_j, W_j, C_j) -> logits, float32, one array per head.
+        """From the skips to logits.
 
-        The first is (B, D_1, H_1, W_1, stem^3 R), to be unpacked by ``depth_to_space``; the others,
-        (B, D_j, H_j, W_j, R) at the grids of levels 2, 3, ..., only where ``deep``. ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
+        Args:
+          skips: per level (planes (B D_j, H_j, W_j, C_j), D_j).
+          deep: heads of the lower levels too.
+          wrap: goes around every level: ``jax.checkpoint``, or nothing.
+
+        Returns:
+          float32 logits, one array per head: (B, D_1, H_1, W_1, stem^3 R), to be unpacked by
+          ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of levels 2, 3, ...
         """
-        x = skips[-1]
+        x, _ = skips[-1]
         logits = []
         for level in reversed(range(len(self.ups))):
-            x = wrap(functools.partial(self._level, level))(x, skips[level])
+            skip, depth = skips[level]
+            x = wrap(functools.partial(self._level, level, depth))(x, skip)
             if level < len(self.heads) and (deep or level == 0):
-                logits.append(self.heads[level](x).astype(jnp.float32))
+                logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
         logits.reverse()
         return logits
 
-    def _level(self, level, x, skip):
+    def _level(self, level, depth, x, skip):
         x = depth_to_space(self.ups[level](x), self.strides[level + 1])
-        return apply_all(self.blocks[level], jnp.concatenate([x, skip], axis=-1))
+        return apply_all(self.blocks[level], jnp.concatenate([x, skip], axis=-1), depth)

@@ -8,8 +8,8 @@ from masm_jax.models.layers import ConvNorm, apply_all
 class Encoder(nnx.Module):
     """Per level two (conv 3x3x3, instance norm, leaky ReLU); the first carries the level's stride.
 
-    The modality axis lies folded in the batch: (B * M, D, H, W, C). ``groups`` is M where the norms
-    learn a scale and shift per modality, else 1.
+    The modalities lie folded in the batch, modality slowest: M B volumes. ``groups`` is M where the
+    norms learn a scale and shift per modality, else 1.
     """
 
     def __init__(self, channels_in, widths, strides, *, init, groups=1):
@@ -20,13 +20,14 @@ class Encoder(nnx.Module):
             channels_in = width
         self.levels = nnx.List(levels)
 
-    def __call__(self, x, wrap=lambda block: block):
-        """x: (B * M, D, H, W, C_in) -> a list with the features of every level.
+    def __call__(self, x, depth, wrap=lambda block: block):
+        """Planes (M B D, H, W, C_in) -> per level the planes of its features, and their depth.
 
         ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
         """
         features = []
         for level in self.levels:
-            x = wrap(lambda x, level=level: apply_all(level, x))(x)
-            features.append(x)
+            x = wrap(lambda x, level=level, depth=depth: apply_all(level, x, depth))(x)
+            depth = -(-depth // level[0].stride)
+            features.append((x, depth))
         return features

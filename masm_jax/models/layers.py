@@ -14,44 +14,77 @@ from masm_jax.models.conv import conv
 LEAKY_SLOPE = 0.01
 
 
-def folded(x):
-    """(..., D, H, W, C) -> (N, H, W, C): all planes of all examples one after another.
+def planes(x):
+    """(..., D, H, W, C) -> (N, H, W, C): all planes of all volumes one after another.
 
-    What is as large as the input is computed in this form. A TPU then lays N into its 128 lanes and
-    nothing is padded; five dimensions at once, or few channels in the lanes, moved two to four
+    The form in which the network computes what is as large as its input. A TPU lays N into its 128
+    lanes and nothing is padded; five axes at once, or few channels in the lanes, moved two to four
     times the bytes (docs/scaling.md). Elsewhere it costs nothing.
     """
     return x.reshape(-1, *x.shape[-3:])
 
 
+def volumes(x, depth):
+    """(B D, H, W, C) -> (B, D, H, W, C): the inverse of ``planes``."""
+    return x.reshape(-1, depth, *x.shape[1:])
+
+
 def depth_to_space(x, factor):
-    """(B, D, H, W, f^3 C) -> (B, f D, f H, f W, C); the channel order is (fd, fh, fw, C)."""
+    """(N, H, W, f^3 C) -> (f N, f H, f W, C), planes; the channel order is (fd, fh, fw, C)."""
     if factor == 1:
         return x
-    b, d, h, w, c = x.shape
-    x = x.reshape(b, d, h, w, factor, factor, factor, c // factor**3)
-    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(b, d * factor, h * factor, w * factor, c // factor**3)
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, factor, factor, factor, c // factor**3)
+    x = x.transpose(0, 3, 1, 4, 2, 5, 6)
+    return x.reshape(n * factor, h * factor, w * factor, c // factor**3)
 
 
 def space_to_depth(x, factor):
-    """(B, f D, f H, f W, C) -> (B, D, H, W, f^3 C): the inverse of ``depth_to_space``."""
+    """(f N, f H, f W, C) -> (N, H, W, f^3 C), planes: the inverse of ``depth_to_space``."""
     if factor == 1:
         return x
-    b, d, h, w, c = x.shape
-    x = x.reshape(b, d // factor, factor, h // factor, factor, w // factor, factor, c)
-    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    return x.reshape(b, d // factor, h // factor, w // factor, factor**3 * c)
+    n, h, w, c = x.shape
+    x = x.reshape(n // factor, factor, h // factor, factor, w // factor, factor, c)
+    x = x.transpose(0, 2, 4, 1, 3, 5, 6)
+    return x.reshape(n // factor, h // factor, w // factor, factor**3 * c)
 
 
-def upsample(x, factor):
-    """Trilinear upsampling of (B, D, H, W, C) by a whole factor, PyTorch's align_corners=False.
+def stem(x, factor):
+    """``space_to_depth`` of one channel: (f N, f H, f W) -> (N, H, W, f^3).
+
+    The last axis, which scans come with, is taken apart by a product with a matrix of ones and
+    zeros: on TPU seven axes at once moved twelve times the bytes.
+    """
+    if factor == 1:
+        return x[..., None]
+    n, h, w = (size // factor for size in x.shape)
+    apart = np.eye(w * factor, dtype=np.float32).reshape(w * factor, w, factor)
+    y = jnp.einsum(
+        "nihjw,wvk->nhvijk",
+        x.reshape(n, factor, h, factor, w * factor),
+        jnp.asarray(apart, x.dtype),
+        precision=jax.lax.Precision.HIGHEST,  # nothing is rounded
+    )
+    return y.reshape(n, h, w, factor**3)
+
+
+def upsample(x, factor, depth):
+    """Trilinear upsampling by a whole factor, PyTorch's align_corners=False.
 
     A small matrix per axis: no gather, and the rows of each sum to 1. Depth first, while the array
     is small.
+
+    Args:
+      x: (B D, H, W, C), planes.
+      factor: f.
+      depth: D.
+
+    Returns:
+      (B f D, f H, f W, C).
     """
     if factor == 1:
         return x
+    x = volumes(x, depth)
     if spatial.count() > 1:  # the border is held at the ends of the volume, not at a cut
         first, last = spatial.at_ends()
         x = spatial.with_halo(x, 1)
@@ -60,8 +93,7 @@ def upsample(x, factor):
         x = _along(x, 1, factor)[:, factor:-factor]
     else:
         x = _along(x, 1, factor)
-    planes = _along(_along(folded(x), 1, factor), 2, factor)
-    return planes.reshape(*x.shape[:2], *planes.shape[1:])
+    return _along(_along(planes(x), 1, factor), 2, factor)
 
 
 def _along(x, axis, factor):
@@ -73,47 +105,47 @@ def _along(x, axis, factor):
 
 
 def average_pool(x, factor):
-    """Mean over cells of factor^3 voxels of (B, D, H, W, C), summed in float32."""
+    """Mean over cells of factor^3 voxels, summed in float32: (f N, f H, f W, C) -> (N, H, W, C)."""
     if factor == 1:
         return x
-    b, d, h, w, c = x.shape
-    rows = folded(x).astype(jnp.float32)
+    n, h, w, c = x.shape
     # One axis after the other, depth last: a TPU has it in the lanes, and by then there is little.
-    rows = rows.reshape(b * d, h, w // factor, factor, c).sum(3)
-    rows = rows.reshape(b * d, h // factor, factor, w // factor, c).sum(2)
-    cells = rows.reshape(b, d // factor, factor, h // factor, w // factor, c).sum(2)
+    rows = x.reshape(n, h, w // factor, factor, c).sum(3, dtype=jnp.float32)
+    rows = rows.reshape(n, h // factor, factor, w // factor, c).sum(2)
+    cells = rows.reshape(n // factor, factor, h // factor, w // factor, c).sum(1)
     return (cells / factor**3).astype(x.dtype)
 
 
-def instance_norm(x, scale, shift, eps=1e-5):
+def instance_norm(x, scale, shift, depth, eps=1e-5):
     """Instance norm over the voxels, statistics in float32, applied as one scale and one shift.
 
     E[x^2] - E[x]^2 cancels where the mean is large against the spread; taking off the value of one
     voxel first leaves numbers of the size of the spread.
 
     Args:
-      x: (B, D, H, W, C).
+      x: (B D, H, W, C), planes.
       scale, shift: (B or 1, C), float32.
+      depth: D.
       eps: added to the variance (PyTorch's default).
 
     Returns:
-      (B, D, H, W, C) in the dtype of ``x``.
+      (B D, H, W, C) in the dtype of ``x``.
     """
-    b, d, h, w, c = x.shape
-    planes = folded(x)
+    n, h, w, c = x.shape
+    batch = n // depth
 
     def per_plane(values):  # (B, C) -> (B D, 1, 1, C)
-        return jnp.broadcast_to(values[:, None], (b, d, c)).reshape(-1, 1, 1, c)
+        return jnp.broadcast_to(values[:, None], (batch, depth, c)).reshape(-1, 1, 1, c)
 
-    anchor = jax.lax.stop_gradient(x[:, d // 2, h // 2, w // 2]).astype(jnp.float32)
+    anchor = jax.lax.stop_gradient(x[depth // 2 :: depth, h // 2, w // 2]).astype(jnp.float32)
     anchor = spatial.mean(anchor)
-    centred = planes.astype(jnp.float32) - per_plane(anchor)
+    centred = x.astype(jnp.float32) - per_plane(anchor)
     sums = jnp.stack([centred.sum((1, 2)), (centred * centred).sum((1, 2))])
-    mean, square = spatial.mean(sums.reshape(2, b, d, c).sum(2) / (d * h * w))
+    sums = sums.reshape(2, batch, depth, c).sum(2) / (depth * h * w)
+    mean, square = spatial.mean(sums)
     gain = scale * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
     offset = shift - (mean + anchor) * gain
-    y = planes * per_plane(gain).astype(x.dtype) + per_plane(offset).astype(x.dtype)
-    return y.reshape(x.shape)
+    return x * per_plane(gain).astype(x.dtype) + per_plane(offset).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -146,10 +178,11 @@ class LayerNorm(nnx.Module):
         return (y * self.scale[...] + self.shift[...]).astype(x.dtype)
 
 
-def apply_all(layers, x):
-    """One layer after the other."""
-    for layer in layers:
-        x = layer(x)
+def apply_all(blocks, x, depth):
+    """One block of convolutions after the other: planes ``depth`` deep -> planes."""
+    for block in blocks:
+        x = block(x, depth)
+        depth = -(-depth // block.stride)
     return x
 
 
@@ -157,7 +190,7 @@ class ConvNorm(nnx.Module):
     """Convolution 3x3x3, instance norm, leaky ReLU.
 
     ``groups`` > 1 holds one scale and shift per modality where modalities are folded into the batch
-    (B * M, ...): the option ``modality_affine``. No convolution bias: the norm would take it off.
+    (M B, ...): the option ``modality_affine``. No convolution bias: the norm would take it off.
     """
 
     def __init__(self, features_in, features_out, *, init, stride=1, groups=1):
@@ -167,12 +200,14 @@ class ConvNorm(nnx.Module):
         self.shift = nnx.Param(jnp.zeros((groups, features_out), jnp.float32))
         self.stride = stride
 
-    def __call__(self, x):
-        x = conv(x, self.kernel[...], stride=self.stride)
-        x = instance_norm(x, self._per_example(self.scale, x), self._per_example(self.shift, x))
-        return jax.nn.leaky_relu(folded(x), LEAKY_SLOPE).reshape(x.shape)
+    def __call__(self, x, depth):
+        """x: (B D, H, W, C), planes -> planes, strided."""
+        x = conv(x, self.kernel[...], depth=depth, stride=self.stride)
+        depth = -(-depth // self.stride)
+        batch = x.shape[0] // depth
+        x = instance_norm(x, self._each(self.scale, batch), self._each(self.shift, batch), depth)
+        return jax.nn.leaky_relu(x, LEAKY_SLOPE)
 
-    def _per_example(self, affine, x):
-        """(groups, C) -> (B, C); the folded batch runs modality fastest."""
-        groups = len(affine[...])
-        return jnp.tile(affine[...], (x.shape[0] // groups, 1))
+    def _each(self, affine, batch):
+        """(groups, C) -> (B, C); of the folded batch a modality is a block."""
+        return jnp.repeat(affine[...], batch // len(affine[...]), axis=0)

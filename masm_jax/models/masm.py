@@ -23,7 +23,7 @@ from masm_jax.models.aware import AwareMixer
 from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.encoder import Encoder
-from masm_jax.models.layers import Dense, depth_to_space, space_to_depth
+from masm_jax.models.layers import Dense, depth_to_space, planes, stem, volumes
 from masm_jax.models.shift import ShiftMixer
 
 MIXERS = ("aware", "shift", "concat")
@@ -169,33 +169,39 @@ class MASM(nnx.Module):
             run = jax.checkpoint(run, policy=policy)
         logits, keep = run(x, key, temperature, noise)
         if not packed:
-            logits[0] = depth_to_space(logits[0], self.stem)
+            unpacked = depth_to_space(planes(logits[0]), self.stem)
+            logits[0] = volumes(unpacked, x.shape[2])
         return logits, keep
 
     def _run(self, x, key, temperature, noise, deep):
         wrap = jax.checkpoint if self.remat == "full" else lambda block: block
-        batch, modalities = x.shape[:2]
-        if self.mixer_names:
-            x = x.reshape(batch * modalities, *x.shape[2:], 1)
-        else:
-            x = jnp.moveaxis(x, 1, -1)
-        features = self.encoder(space_to_depth(x, self.stem), wrap)
+        batch, modalities, depth = x.shape[:3]
+        # Modality slowest: what belongs to one is then a block of planes.
+        x = stem(planes(x.swapaxes(0, 1)[..., None])[..., 0], self.stem)
         if not self.mixer_names:
-            return self.decoder(features, deep, wrap), {}
+            x = together(x, modalities)
+            return self.decoder(self.encoder(x, depth // self.stem, wrap), deep, wrap), {}
 
         skips, keep = [], {}
-        for level, (name, folded) in enumerate(zip(self.mixer_names, features)):
-            scans = folded.reshape(batch, modalities, *folded.shape[1:])
+        features = self.encoder(x, depth // self.stem, wrap)
+        for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
             if name == "aware":
                 level_key = None
                 if key is not None:
                     level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
-                mixer = wrap(self.mixers[_key(level)])
-                scans, keep[_key(level)] = mixer(scans, level_key, temperature, noise)
+                mixer = wrap(functools.partial(self.mixers[_key(level)], depth=depth))
+                x, keep[_key(level)] = mixer(
+                    x, key=level_key, temperature=temperature, noise=noise
+                )
             elif name == "shift":
-                scans = wrap(self.mixers[_key(level)])(scans)
-            skips.append(self.fuse[level](_modalities_as_channels(scans)))
+                x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x)
+            skips.append((self.fuse[level](together(x, modalities)), depth))
         return self.decoder(skips, deep, wrap), keep
+
+
+def together(x, modalities):
+    """Planes (M B D, H, W, C), modality slowest -> (B D, H, W, M C)."""
+    return jnp.concatenate(jnp.split(x, modalities), axis=-1)
 
 
 def edges(patch):
@@ -217,9 +223,3 @@ def divisor(model):
 
 def _key(level):
     return f"level{level + 1}"
-
-
-def _modalities_as_channels(x):
-    """(B, M, D, H, W, C) -> (B, D, H, W, M C)."""
-    b, m, d, h, w, c = x.shape
-    return jnp.moveaxis(x, 1, 4).reshape(b, d, h, w, m * c)

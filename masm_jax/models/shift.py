@@ -24,9 +24,10 @@ class ShiftMixer(nnx.Module):
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
         self.mosaic, self.modalities = mosaic, modalities
 
-    def __call__(self, x):
-        """x: (B, M, D, H, W, C) -> the same shape."""
-        tokens = spatial.whole(self.tokens.encode(x), 2)  # few: every device works on all of them
+    def __call__(self, x, depth):
+        """x: (M B D, H, W, C), planes of volumes ``depth`` deep, modality slowest -> the same."""
+        # Few tokens: every device that has a part of the volume works on all of them.
+        tokens = spatial.whole(self.tokens.encode(x, depth), 2)
         table = offsets(self.mosaic, self.tokens.grid, self.modalities)
         b, m, d, h, w, width = tokens.shape
         for within, across, mlp in zip(self.spatial, self.across, self.mlp):

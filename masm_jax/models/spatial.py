@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 AXIS = "spatial"
-_count = contextvars.ContextVar("count", default=1)
+_count = contextvars.ContextVar("count", default=None)  # None: outside of ``over``
 
 
 def over(mesh, function, specs, out_specs):
@@ -53,17 +53,17 @@ def _cut(count):
 
 def count():
     """Devices that share a volume."""
-    return _count.get()
+    return _count.get() or 1
 
 
 def mean(x):
     """Mean over the devices that share a volume."""
-    return x if count() == 1 else lax.pmean(x, AXIS)
+    return x if _count.get() is None else lax.pmean(x, AXIS)
 
 
 def total(x):
     """Sum over the devices that share a volume."""
-    return x if count() == 1 else lax.psum(x, AXIS)
+    return x if _count.get() is None else lax.psum(x, AXIS)
 
 
 def whole(x, axis):
@@ -79,31 +79,30 @@ def own(x, axis):
     return lax.dynamic_slice_in_dim(x, lax.axis_index(AXIS) * planes, planes, axis)
 
 
-def neighbour(x, by):
+def neighbour(x, by, depth):
     """The plane ``by`` further on in depth, at every plane; zero past the ends of the volume.
 
     Args:
-      x: (B, D, H, W, C).
-      by: planes, of either sign, fewer than D.
+      x: (B D, H, W, C), planes (layers.planes).
+      by: of either sign, fewer than D.
+      depth: D.
 
     Returns:
-      (B, D, H, W, C).
+      (B D, H, W, C).
     """
     if by == 0:
         return x
     if count() > 1:
-        depth = x.shape[1]
-        padded = _with_halo(x, abs(by))
-        return lax.slice_in_dim(padded, abs(by) + by, abs(by) + by + depth, axis=1)
-    # Depth stays folded into the batch (layers.folded): on TPU, unfolding it here would move
-    # everything twice. What comes over from the example next door is masked.
-    batch, depth = x.shape[:2]
-    planes = x.reshape(-1, *x.shape[2:])
-    moved = lax.pad(planes, jnp.zeros((), x.dtype), [(-by, by, 0), *[(0, 0, 0)] * 3])
+        volumes = x.reshape(-1, depth, *x.shape[1:])
+        padded, reach = _with_halo(volumes, abs(by)), abs(by)
+        moved = lax.slice_in_dim(padded, reach + by, reach + by + depth, axis=1)
+        return moved.reshape(x.shape)
+    # Without unfolding depth, which on TPU would move all of it twice; what comes over from the
+    # example next door is taken out.
+    moved = lax.pad(x, jnp.zeros((), x.dtype), [(-by, by, 0), *[(0, 0, 0)] * 3])
     place = jnp.arange(depth) + by
-    inside = jnp.broadcast_to((place >= 0) & (place < depth), (batch, depth))
-    moved = jnp.where(inside.reshape(-1, 1, 1, 1), moved, jnp.zeros((), x.dtype))
-    return moved.reshape(x.shape)
+    inside = jnp.broadcast_to((place >= 0) & (place < depth), (x.shape[0] // depth, depth))
+    return jnp.where(inside.reshape(-1, 1, 1, 1), moved, jnp.zeros((), x.dtype))
 
 
 def with_halo(x, reach):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from masm_jax.models import spatial
-from masm_jax.models.layers import Dense, average_pool, folded, upsample
+from masm_jax.models.layers import Dense, average_pool, planes, upsample
 
 
 class Tokens(nnx.Module):
@@ -24,29 +24,28 @@ class Tokens(nnx.Module):
         self.position = nnx.Param(init.normal((*self.grid, width), 0.02))
         self.modality = nnx.Param(init.normal((modalities, width), 0.02))
 
-    def encode(self, x):
-        """(B, M, D, H, W, C) -> (B, M, d, h, w, width), positions and modalities embedded.
+    def encode(self, x, depth):
+        """Planes (M B D, H, W, C) -> (B, M, d, h, w, width), positions and modalities embedded.
 
         Raises:
           ValueError: the token grid is not the one the positions were made for.
         """
-        b, m, *edges, c = x.shape
-        d, h, w = (n // self.patch for n in edges)
+        d, h, w = (n // self.patch for n in (depth, *x.shape[1:3]))
         grid = (d * spatial.count(), h, w)
         if grid != self.grid:
             raise ValueError(
                 f"input gives a token grid of {grid}, the model was made for {self.grid}: feed "
                 f"patches of the configured edge (config.patch), as the sliding window does"
             )
-        n = self.cells
-        x = average_pool(x.reshape(b * m, *edges, c), self.patch // n)
-        x = x.reshape(b, m, d, n, h, n, w, n, c).transpose(0, 1, 2, 4, 6, 3, 5, 7, 8)
-        tokens = self.embed(x.reshape(b, m, d, h, w, n**3 * c))
+        n, m, c = self.cells, len(self.modality[...]), x.shape[-1]
+        x = average_pool(x, self.patch // n)
+        x = x.reshape(m, -1, d, n, h, n, w, n, c).transpose(1, 0, 2, 4, 6, 3, 5, 7, 8)
+        tokens = self.embed(x.reshape(-1, m, d, h, w, n**3 * c))
         modality = self.modality[...][:, None, None, None, :]
         return tokens + (spatial.own(self.position[...], 0) + modality).astype(x.dtype)
 
     def cells_of(self, tokens):
-        """Tokens (B, M, d, h, w, width) -> gate and shift of every cell, (B, M, n d, n h, n w, 2 C)."""
+        """(B, M, d, h, w, width) -> gate and shift of every cell, (B, M, n d, n h, n w, 2 C)."""
         y = self.restore(tokens)
         b, m, d, h, w, c = y.shape
         n = self.cells
@@ -57,13 +56,17 @@ class Tokens(nnx.Module):
         """What the tokens say, applied to the features they came from: x (1 + gate) + shift.
 
         Args:
-          x: (B, M, D, H, W, C).
+          x: (M B D, H, W, C), planes.
           cells: of ``cells_of``.
 
         Returns:
-          (B, M, D, H, W, C).
+          (M B D, H, W, C).
         """
+
         # Upsampled smoothly: held constant over cells, the gates draw their edges into the result.
-        y = upsample(cells.reshape(-1, *cells.shape[2:]), self.patch // self.cells)
-        gate, shift = jnp.split(folded(y), 2, axis=-1)
-        return (folded(x) * (1 + gate) + shift).reshape(x.shape)
+        def smooth(part):
+            rows = planes(part.swapaxes(0, 1))
+            return upsample(rows, self.patch // self.cells, part.shape[2])
+
+        gate, shift = jnp.split(cells, 2, axis=-1)
+        return x * (1 + smooth(gate)) + smooth(shift)
