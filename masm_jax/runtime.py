@@ -11,7 +11,7 @@ import sys
 import jax
 from absl import flags
 
-EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED = 1, 2, 3, 75
+EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED, EXIT_PEER = 1, 2, 3, 75, 76
 
 
 def start(*, devices=0, cache=True):
