@@ -4,12 +4,14 @@
 
 Started again with the same command, an interrupted run goes on where it was, with the same numbers
 to the last bit on the same devices. Exit codes: 0 done, 1 an error (one line says which), 2 usage,
-75 stopped by a signal or config.stop_at_step after saving.
+75 stopped by a signal or config.stop_at_step after saving, 76 another process of the run is gone.
+On several processes (TPU pods, SLURM, torchrun, --coordinator) it is the same command on each:
+docs/scaling.md.
 """
 
+import hashlib
 import json
 import logging
-import pathlib
 import sys
 import time
 from functools import partial
@@ -18,15 +20,17 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from masm_jax import checkpoint, runtime, sharding
+from masm_jax import checkpoint, processes, runtime, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import pictures, validation
+from masm_jax.files import as_path, replacing
 from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
-from masm_jax.state import Network, abstract_state, init_state, num_parameters
-from masm_jax.steps import eval_step, segment_step, train_step
+from masm_jax.plan import Plan, step_function
+from masm_jax.state import Network, abstract_state, init_state
+from masm_jax.steps import eval_step, segment_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
@@ -37,12 +41,19 @@ _CONFIG_CHANGE = flags.DEFINE_enum(
     ["refuse", "accept"],
     "What to do if the config of a run has changed.",
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, say what the run would take, and stop.")
+processes.define_flags()
 log = logging.getLogger("masm_jax.train")
 
 
-def train(config, workdir):
-    """Run or continue the training in ``workdir``; returns the exit code."""
-    workdir = pathlib.Path(workdir).absolute()
+def train(config, workdir, roll):
+    """Run or continue the training in ``workdir``; returns the exit code.
+
+    ``roll`` is of the processes of the run (masm_jax/processes.py): all of them do this together,
+    and the first one writes.
+    """
+    workdir = as_path(workdir)
+    first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- config, data, network
     config_lib.validate(config)
@@ -51,9 +62,11 @@ def train(config, workdir):
     split = records_lib.split(records.cases, config.data.split, config.data.split_seed)
     mesh = sharding.make_mesh(data=config.mesh.data, spatial=config.mesh.spatial)
     network = Network(config, modalities=records.modalities, regions=records.regions, mesh=mesh)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
-    start, dice = checkpoints.latest() or 0, None
-    _claim(workdir, config, split, started=start > 0)
+    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    roll.agree("the config", config_lib.to_dict(config))
+    roll.agree("the records", _fingerprint(records, split))
+    abstract = abstract_state(network)
+    plan = Plan(config, network, mesh, cases=len(split["train"]))
     log.info(
         "%d cases to train on, %d to validate; %s, regions %s",
         len(split["train"]),
@@ -61,48 +74,53 @@ def train(config, workdir):
         "+".join(network.modalities),
         ", ".join(network.regions),
     )
+    log.info(plan.line())
+    if _DRY_RUN.value:
+        if first:
+            print(plan.text())
+        return 0
 
-    # ---------------------------------------------------------------- mesh, state: new or restored
-    sharding.check_batch(mesh, config.batch_size, config.accumulate)
+    # ---------------------------------------------------------------- state: new or restored
+    checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
     everywhere = sharding.replicated(mesh)
-    abstract = abstract_state(network)
+    target = checkpoint.with_sharding(abstract, everywhere)
+    _refuse_another(workdir, config, split, started=checkpoints.latest() is not None)
+    start, state, meta = checkpoints.restore_newest(target, roll, put_aside=True)
+    start, dice = start or 0, meta and meta["dice"]
     if start:
-        target = checkpoint.with_sharding(abstract, everywhere)
-        state, meta = checkpoints.restore(start, target)
-        dice = meta["dice"]
         log.info("continuing at step %d", start)
     else:
-        params = jax.device_put(network.init(config.seed), everywhere)
+        params = sharding.everywhere(mesh, network.init(config.seed))
         state = jax.jit(partial(init_state, network), out_shardings=everywhere)(params)
-    log.info(
-        "%.2f M parameters in %s; %d %s device(s)",
-        num_parameters(abstract["params"]) / 1e6,
-        config.model.dtype,
-        mesh.devices.size,
-        jax.default_backend(),
-    )
+    if first:
+        config_lib.save(config, workdir)
+        with replacing(workdir / "split.json") as temporary:
+            temporary.write_text(json.dumps(split, indent=2) + "\n")
 
     # ---------------------------------------------------------------- compiled steps, streams
-    step_fn = jax.jit(train_step(network), donate_argnums=0, out_shardings=(everywhere, everywhere))
+    step_fn = step_function(network, mesh)
     key = jax.jit(partial(jax.random.key, config.seed), out_shardings=everywhere)()
     eval_fn = jax.jit(eval_step(network), out_shardings=everywhere)
-    stream = iter(
-        pipeline.batches(
-            records,
-            split["train"],
-            seed=config.seed,
-            batch_size=config.batch_size,
-            patch=config.patch,
-            foreground=config.data.foreground,
-            start_step=start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            workers=config.data.workers,
-        )
+    rows = sharding.rows_here(mesh, config.batch_size)
+    batches = pipeline.batches(
+        records,
+        split["train"],
+        seed=config.seed,
+        batch_size=config.batch_size,
+        patch=config.patch,
+        foreground=config.data.foreground,
+        start_step=start,
+        rows=rows,
+        workers=config.data.workers,
     )
+    stream = sharding.transferred(batches, mesh, config.batch_size)
     crops = segmenter = None
     metrics = MetricLog(
-        workdir, total_steps=config.total_steps, start_step=start, every=config.log.every
+        workdir,
+        total_steps=config.total_steps,
+        start_step=start,
+        every=config.log.every,
+        writes=first,
     )
 
     def save(step):
@@ -117,34 +135,36 @@ def train(config, workdir):
 
     # ---------------------------------------------------------------- the loop
     # Order matters: log, validate, save, so that a checkpoint knows the step's validation.
+    roll.agree("ready to compile", start)
     log.info("compiling the training step; the first one takes longer")
-    with runtime.StopSignal() as stop, jax.transfer_guard("disallow"):
+    with checkpoints, runtime.StopSignal() as stop, jax.transfer_guard("disallow"):
         for step in range(start + 1, config.total_steps + 1):
             asked = time.perf_counter()
             batch = next(stream)
             metrics.waiting(time.perf_counter() - asked)
-            batch = {name: batch[name] for name in ("image", "label")}
-            state, values = step_fn(state, sharding.global_batch(mesh, batch), key)
+            state, values = step_fn(state, batch, key)
             metrics.train(step, values)
 
             if split["val"] and _due(step, config.log.patch_every, config.total_steps):
-                crops = crops or validation.validation_crops(config, records, split["val"])
-                scores = validation.pseudo_dice(eval_fn, state["ema"], crops, mesh, network.regions)
+                crops = crops or validation.validation_crops(config, records, split["val"], rows)
+                scores = validation.pseudo_dice(
+                    eval_fn, state["ema"], crops, mesh, network.regions, config.batch_size
+                )
                 metrics.write(step, scores)
                 dice = scores["val/dice"]
                 log.info("step %d  validation crops: %s", step, _scores(scores))
             if split["val"] and _due(step, config.log.volume_every, config.total_steps):
-                segmenter = segmenter or Segmenter(
-                    segment_step(network), state["ema"], mesh, Settings.of(network)
-                )
-                segmenter.update(state["ema"])
+                # Every process segments cases of its own, on its own devices.
+                weights = sharding.local_copy(state["ema"])
+                segmenter = segmenter or _segmenter(network, weights, mesh)
+                segmenter.update(weights)
                 cases = split["val"][: config.log.volumes]
                 drawn = {c: workdir / "overlays" / f"{c}.png" for c in cases[: config.log.overlays]}
-                scores = validation.volume_dice(segmenter, records, cases, drawn)
+                scores = validation.volume_dice(segmenter, records, cases, roll, drawn)
                 metrics.write(step, scores, pictures=drawn)
                 log.info("step %d  %d validation cases: %s", step, len(cases), _scores(scores))
 
-            stopped = bool(stop) or step == config.stop_at_step
+            stopped = roll.stopping(step, stop.name) or step == config.stop_at_step
             if stopped or _due(step, config.log.checkpoint_every, config.total_steps):
                 save(step)
             if stopped:
@@ -153,10 +173,10 @@ def train(config, workdir):
             stopped = False
 
     # ---------------------------------------------------------------- the end
-    checkpoints.close()
     metrics.flush()
     metrics.close()
-    pictures.curves(workdir / "curves.png", workdir / "metrics.jsonl")
+    if first:
+        pictures.curves(workdir / "curves.png", workdir / "metrics.jsonl")
     if stopped:
         log.info("saved step %d in %s; the same command goes on", step, checkpoints.folder)
         return runtime.EXIT_STOPPED
@@ -173,30 +193,47 @@ def _scores(scores):
     return "  ".join(f"{name} {value:.3f}" for name, value in dice.items())
 
 
-def _claim(workdir, config, split, *, started):
-    """Make the folder a run of this config or, where it holds a checkpoint, see that it is one."""
-    if started:
-        old = config_lib.to_dict(config_lib.load(workdir))
-        changes = config_lib.differences(old, config_lib.to_dict(config))
-        if json.loads((workdir / "split.json").read_text()) != split:
-            changes.append("data.split: gives other cases than split.json has; were records added?")
-        if changes and _CONFIG_CHANGE.value != "accept":
-            raise ValueError(
-                f"{workdir} is a run of another config:\n  " + "\n  ".join(changes) + "\n"
-                "choose another --workdir, restore the values, or pass --config_change=accept"
-            )
-    config_lib.save(config, workdir)
-    (workdir / "split.json").write_text(json.dumps(split, indent=2) + "\n")
+def _segmenter(network, weights, mesh):
+    """Of this process alone, for whole cases."""
+    local = sharding.local_mesh(mesh)
+    network = network.on(local)
+    return Segmenter(segment_step(network), weights, local, Settings.of(network))
+
+
+def _fingerprint(records, split):
+    """What all processes must see alike, in short."""
+    described = json.dumps([records.cases, records.modalities, records.regions, split])
+    return {"cases": len(records.cases), "sha256": hashlib.sha256(described.encode()).hexdigest()}
+
+
+def _refuse_another(workdir, config, split, *, started):
+    """Where the folder holds a checkpoint, see that it is of this config and these cases."""
+    if not started:
+        return
+    old = config_lib.to_dict(config_lib.load(workdir))
+    changes = config_lib.differences(old, config_lib.to_dict(config))
+    if json.loads((workdir / "split.json").read_text()) != split:
+        changes.append("data.split: gives other cases than split.json has; were records added?")
+    if changes and _CONFIG_CHANGE.value != "accept":
+        raise ValueError(
+            f"{workdir} is a run of another config:\n  " + "\n  ".join(changes) + "\n"
+            "choose another --workdir, restore the values, or pass --config_change=accept"
+        )
 
 
 def main(_):
     """Flags in, exit code out; an error is one readable line."""
     runtime.start(devices=_CPU_DEVICES.value)
     try:
-        sys.exit(train(_CONFIG.value, _WORKDIR.value))
-    except (ValueError, NonFinite, FileNotFoundError) as error:
+        place = processes.detect(flags.FLAGS)
+    except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(runtime.EXIT_ERROR)
+        sys.exit(runtime.EXIT_USAGE)
+    readable = (ValueError, NonFinite, FileNotFoundError)
+    limit = flags.FLAGS.start_timeout
+    with processes.joined(place, limit=limit, readable=readable) as roll:
+        code = train(_CONFIG.value, _WORKDIR.value, roll)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

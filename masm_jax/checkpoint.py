@@ -5,11 +5,23 @@ WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newe
 that a run resumes on any number of devices.
 """
 
-import pathlib
+import logging
+import shutil
+import zlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
+
+from masm_jax.files import as_path
+
+_log = logging.getLogger(__name__)
+
+
+class OtherNetwork(ValueError):
+    """A checkpoint holds the parameters of another network."""
 
 
 class Checkpoints:
@@ -29,7 +41,7 @@ class Checkpoints:
                 policies.BestN(n=1, get_metric_fn=lambda metrics: metrics[best]),
             ]
         )
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        self.folder = as_path(workdir) / "checkpoints"
         self._best = best
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -55,7 +67,8 @@ class Checkpoints:
         written = self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta | {"step": step})
+                state=ocp.args.StandardSave(state),
+                meta=ocp.args.JsonSave(meta | {"step": step, "checksums": checksums(state)}),
             ),
             metrics={self._best: -1.0 if dice is None else dice},
         )
@@ -88,11 +101,58 @@ class Checkpoints:
         dice = {step: self._manager.metrics(step)[self._best] for step in self._manager.all_steps()}
         return max(dice, key=lambda step: (dice[step], step)) if dice else None
 
+    def restore_newest(self, abstract_state, roll, *, best=False, put_aside=False):
+        """The newest (or best) checkpoint that is whole; a broken one is named.
+
+        Args:
+          abstract_state: shapes, dtypes and shardings, which need not be those of the saving run.
+          roll: of the processes (masm_jax.processes): a checkpoint counts if all can read it.
+          best: begin with the best by validation Dice.
+          put_aside: move broken ones out of the way, for whoever goes on to save.
+
+        Returns:
+          step, state, meta; or None, None, None where there is no checkpoint.
+
+        Raises:
+          ValueError: there are some, and none is whole; or they are of another network.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if best and steps:
+            first = self.best()
+            steps = [first, *(step for step in steps if step != first)]
+        problems = []
+        for step in steps:
+            problem, state, meta = "", None, None
+            try:
+                state, meta = self.restore(step, abstract_state)
+            except OtherNetwork:
+                raise
+            except Exception as error:  # of many kinds: files gone, cut, or with other bits
+                problem = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            told = [text for text in roll.gather(f"checkpoint {step}", problem) if text]
+            if not told:
+                for broken, _ in problems if put_aside else ():
+                    self._put_aside(broken)
+                return step, state, meta
+            problems.append((step, told[0]))
+            _log.error("checkpoint %s is broken (%s)", self.folder / str(step), told[0])
+        if problems:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is whole: "
+                + "; ".join(f"{step}: {why}" for step, why in problems)
+                + "; restore the folder from a copy, or start anew in another --workdir"
+            )
+        return None, None, None
+
     def restore(self, step, abstract_state):
         """Restore into the shapes, dtypes and shardings of ``abstract_state``.
 
         Returns:
           state, meta.
+
+        Raises:
+          OtherNetwork: it is the state of another.
+          ValueError: what is read is not what was saved; other errors where files are damaged.
         """
         self._check_network(step, abstract_state["params"])
         restored = self._manager.restore(
@@ -101,7 +161,27 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(abstract_state), meta=ocp.args.JsonRestore()
             ),
         )
-        return restored.state, restored.meta
+        state, meta = restored.state, restored.meta
+        found = checksums(state)
+        wrong = [name for name, value in meta["checksums"].items() if found.get(name) != value]
+        if wrong:
+            raise ValueError(
+                f"{self.folder / str(step)}: {', '.join(wrong[:3])} are not as they were saved "
+                f"({len(wrong)} of {len(found)} arrays)"
+            )
+        return state, meta
+
+    def _put_aside(self, step):
+        """A broken one would be the newest, and no other could be saved before its step."""
+        aside = self.folder.with_name("checkpoints_broken") / str(step)
+        if jax.process_index() == 0:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+            _log.error("moved to %s; going on from the one before", aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"put aside {step}")
+        self._manager.reload()
 
     def _check_network(self, step, params):
         """Orbax says it in two hundred lines, and casts a wrong dtype silently."""
@@ -116,21 +196,35 @@ class Checkpoints:
                 for tree in (saved, wanted)
             )
             if has != needs:
-                raise ValueError(
+                raise OtherNetwork(
                     f"{self.folder / str(step)}: parameter {name} is {has} there and {needs} in "
                     f"the network: it was trained with another config or version of the code; use "
                     f"those, or train anew in another --workdir"
                 )
 
-    def meta(self, step):
-        """The metadata saved with a step."""
-        return self._manager.restore(
-            step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-        ).meta
+    def task(self):
+        """The metadata of the newest checkpoint whose metadata can be read: modalities, regions."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                meta = ocp.args.Composite(meta=ocp.args.JsonRestore())
+                return self._manager.restore(step, args=meta).meta
+            except Exception as error:  # of many kinds: files gone, cut, or with other bits
+                _log.error("%s: metadata cannot be read (%s)", self.folder / str(step), error)
+        raise ValueError(
+            f"{self.folder}: no checkpoint is whole; restore the folder from a copy, or train anew"
+        )
 
     def wait(self):
         """Block until what was started is on disk."""
         self._manager.wait_until_finished()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # With an error, other processes do not come here, and what waits for them would for ever.
+        if kind is None or jax.process_count() == 1:
+            self.close()
 
     def close(self):
         """Wait and release."""
@@ -142,6 +236,18 @@ def with_sharding(abstract_state, sharding):
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract_state
     )
+
+
+def checksums(state):
+    """{name: CRC-32} of every array: the same on any devices, another after any flipped bit.
+
+    The files are compressed and have checksums of their own only in parts; this covers the whole
+    way from the memory of one run to that of the next. Every device holds every array.
+    """
+    return {
+        name: zlib.crc32(np.ascontiguousarray(jax.device_get(leaf.addressable_data(0))))
+        for name, leaf in _by_path(state).items()
+    }
 
 
 def _by_path(tree):

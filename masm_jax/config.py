@@ -2,12 +2,11 @@
 
 import ast
 import json
-import pathlib
 
 import ml_collections
 
 from masm_jax.evaluation.lesions import STYLES
-from masm_jax.files import replacing
+from masm_jax.files import as_path, replacing
 from masm_jax.models.masm import MIXERS, REMAT, SIZES, divisor, edges
 from masm_jax.models.mosaic import offsets
 
@@ -180,7 +179,7 @@ def validate_records(config, records):
 
 def tuned_on(workdir):
     """The cases on which WORKDIR/infer.json was chosen; none without one."""
-    path = pathlib.Path(workdir) / TUNED
+    path = as_path(workdir) / TUNED
     return json.loads(path.read_text()).get("cases", []) if path.is_file() else []
 
 
@@ -259,7 +258,7 @@ def differences(old, new):
 
 def save(config, workdir):
     """Write WORKDIR/config.json, atomically."""
-    with replacing(pathlib.Path(workdir) / "config.json") as temporary:
+    with replacing(as_path(workdir) / "config.json") as temporary:
         temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
@@ -275,7 +274,7 @@ def load(workdir, given=(), tuned=True):
       ValueError: there is none (not the folder of a run), it cannot be read, or a key is missing or
         out of range.
     """
-    path = pathlib.Path(workdir) / "config.json"
+    path = as_path(workdir) / "config.json"
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: --workdir must be a folder that train.py has written"

@@ -1,17 +1,53 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, on this machine or in a bucket."""
 
 import contextlib
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterator
+
+from etils import epath
+
+
+def as_path(place: str | os.PathLike) -> pathlib.Path:
+    """An absolute path; one with a scheme, such as gs://bucket/run, as ``etils.epath`` has it.
+
+    Raises:
+        ValueError: a scheme that epath does not know.
+    """
+    text = os.fspath(place)
+    scheme, found, rest = text.partition("://")
+    if not found or scheme == "file":
+        return pathlib.Path(rest if found else text).absolute()
+    try:
+        path = epath.Path(text)
+        os.fspath(path)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{text}: no such scheme ({error}); expected a folder, or gs://, s3:// or az://"
+        ) from error
+    if not is_remote(path):
+        raise ValueError(f"{text}: no such scheme; expected a folder, or gs://, s3:// or az://")
+    return path
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it is in a bucket: no renaming, no appending, and the network in between."""
+    return "://" in os.fspath(path)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """A temporary name beside `path` that becomes it at the end: readers never see half a file."""
-    path = pathlib.Path(path)
+    """A temporary name that becomes `path` at the end: readers never see half a file."""
+    path = as_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):  # an object appears whole, when its upload is done
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = pathlib.Path(folder) / path.name
+            yield temporary
+            path.write_bytes(temporary.read_bytes())
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

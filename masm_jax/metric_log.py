@@ -8,14 +8,13 @@ import collections
 import json
 import logging
 import math
-import pathlib
 import time
 
 import jax
 import matplotlib.image
 from tensorboardX import SummaryWriter
 
-from masm_jax.files import replacing
+from masm_jax.files import as_path, is_remote, replacing
 
 _log = logging.getLogger(__name__)
 
@@ -36,14 +35,21 @@ class MetricLog:
       total_steps: for the time left.
       start_step: steps already done; later lines of an interrupted run are taken back.
       every: steps between lines.
+      writes: one process of a run writes; the others look for NaN and keep the pace.
     """
 
-    def __init__(self, workdir, *, total_steps, start_step, every):
-        self._path = pathlib.Path(workdir) / "metrics.jsonl"
-        self._take_back(start_step)
-        self._file = open(self._path, "a")
-        board = pathlib.Path(workdir) / "tensorboard"
-        self._board = SummaryWriter(str(board), purge_step=start_step + 1)
+    def __init__(self, workdir, *, total_steps, start_step, every, writes=True):
+        workdir, self._writes = as_path(workdir), writes
+        self._path = workdir / "metrics.jsonl"
+        self._file = self._board = None
+        if writes:
+            kept = self._take_back(start_step)
+            self._file = _Whole(self._path, kept) if is_remote(workdir) else open(self._path, "a")
+            if is_remote(workdir):
+                _log.info("%s: TensorBoard files are not written there; metrics.jsonl is", workdir)
+            else:
+                board = str(workdir / "tensorboard")
+                self._board = SummaryWriter(board, purge_step=start_step + 1)
         self._total, self._every, self._first = total_steps, every, start_step
         self._interval, self._pending = [], None
         self._ahead = collections.deque()
@@ -70,10 +76,14 @@ class MetricLog:
 
     def write(self, step, values, pictures=None):
         """Write a line of host numbers, and to TensorBoard also pictures: name -> PNG file."""
+        if not self._writes:
+            return
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._warn_of_keep_ratio(step, {k: v for k, v in line.items() if v is not None})
+        if self._board is None:
+            return
         for key, value in line.items():
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, step)
@@ -83,8 +93,9 @@ class MetricLog:
 
     def close(self):
         """Close the files; what was handed over is written before."""
-        self._file.close()
-        self._board.close()
+        for file in (self._file, self._board):
+            if file is not None:
+                file.close()
 
     def _roll(self):
         now, step = time.perf_counter(), self._interval[-1][0]
@@ -110,6 +121,8 @@ class MetricLog:
         step, metrics = interval[-1]
         values = {key: float(value) for key, value in metrics.items()} | times
         self.write(step, values)
+        if not self._writes:
+            return
         _log.info(
             "step %d/%d  loss %.4f  dice loss %.4f  lr %.2e  %.2f steps/s  waiting %.0f%%  left %s",
             step,
@@ -152,11 +165,28 @@ class MetricLog:
 
     def _take_back(self, start_step):
         if not self._path.is_file():
-            return
+            return ""
         lines = self._path.read_text().splitlines()
-        kept = [line for line in lines if _step(line) <= start_step]
+        kept = "".join(line + "\n" for line in lines if _step(line) <= start_step)
         with replacing(self._path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text(kept)
+        return kept
+
+
+class _Whole:
+    """A text file where nothing can be appended, such as a bucket: written anew at each flush."""
+
+    def __init__(self, path, text):
+        self._path, self._text = path, text
+
+    def write(self, text):
+        self._text += text
+
+    def flush(self):
+        self._path.write_text(self._text)
+
+    def close(self):
+        self.flush()
 
 
 def _step(line):

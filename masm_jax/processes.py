@@ -103,7 +103,7 @@ def start(place, *, limit=300.0, connect_jax=True):
 def _connect_jax(roll, limit):
     place = roll.place
     _slow_aborts()
-    # It would take SIGTERM, which is runtime.StopSignal's, and the default action before that.
+    # It would take SIGTERM, which is runtime.StopSignal's; Roll.stopping does what it is for.
     jax.config.update("jax_enable_preemption_service", False)
     # Ahead of JAX's own limit, which is an abort() that names nobody.
     text = (
@@ -170,6 +170,9 @@ class Solo:
 
     def gather(self, name, value, *, limit=600.0):
         return [value]
+
+    def stopping(self, step, wanted):
+        return bool(wanted)
 
     def fail(self, text, code=EXIT_ERROR):
         print(f"{pathlib.Path(sys.argv[0]).name}: {text}", file=sys.stderr)

@@ -69,6 +69,22 @@ def replicated(mesh):
     return NamedSharding(mesh, PartitionSpec())
 
 
+def everywhere(mesh, tree):
+    """Host arrays, the same on every process, as global arrays that all devices hold."""
+    sharding = replicated(mesh)
+
+    def put(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree)
+
+
+def local_copy(tree):
+    """What every device holds, as arrays of one device of this process."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+
+
 def over_batch(mesh):
     """Sharding of an image (B, M, D, H, W)."""
     return NamedSharding(mesh, IMAGE)
@@ -115,12 +131,14 @@ def global_batch(mesh, batch, batch_size=None):
     position = {row: i for i, row in enumerate(rows_here(mesh, batch_size))}
 
     def put(array, sharding):
-        def part(index):
+        shape = (batch_size, *array.shape[1:])
+        parts = []
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
             rows = range(*index[0].indices(batch_size))
             first = position[rows[0]]
-            return np.ascontiguousarray(array[first : first + len(rows), *index[1:]])
-
-        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+            part = np.ascontiguousarray(array[first : first + len(rows), *index[1:]])
+            parts.append(jax.device_put(part, device))
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
     return {name: put(batch[name], sharding) for name, sharding in batch_shardings(mesh).items()}
 

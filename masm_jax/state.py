@@ -4,6 +4,7 @@ NNX modules are parameter containers. They are split and merged here and nowhere
 trained, saved and restored is {"step", "params", "ema", "opt_state"}.
 """
 
+import copy
 import functools
 
 import jax
@@ -40,6 +41,12 @@ class Network:
         )
         abstract = nnx.eval_shape(lambda: self._build(init=Initialiser(None)))
         self._graph, self._skeleton = nnx.split(abstract)
+
+    def on(self, mesh):
+        """The same network for the devices of another mesh."""
+        other = copy.copy(self)
+        other.mesh = mesh
+        return other
 
     @property
     def stem(self):

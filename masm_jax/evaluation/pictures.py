@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
 from masm_jax.data.conventions import REGIONS
-from masm_jax.files import replacing
+from masm_jax.files import as_path, replacing
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
     Raises:
         ValueError: the file is absent or empty.
     """
-    series = _read_series(pathlib.Path(metrics_jsonl))
+    series = _read_series(as_path(metrics_jsonl))
     figure = Figure(figsize=(12, 8), layout="constrained")
     for axes, (title, prefixes) in zip(figure.subplots(2, 2).flat, CURVES.items()):
         axes.set(title=title, xlabel="step")
@@ -138,7 +138,7 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     drawn = tuple(prefix for prefixes in CURVES.values() for prefix in prefixes)
-    with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
+    with replacing(as_path(path).with_suffix(".csv")) as temporary:
         lines = [
             f"{name},{step},{value!r}\n"
             for name in series if name.startswith(drawn)

@@ -30,13 +30,13 @@ def validation_crops(config, records, cases, rows=None):
     return [batch for batch, _ in zip(stream, range(count))]
 
 
-def pseudo_dice(step, params, crops, mesh, regions):
+def pseudo_dice(step, params, crops, mesh, regions, batch_size=None):
     """Dice per region over all crops: {"val/dice/WT": ..., "val/dice": mean, "val/keep/level1": 1}.
 
     A region that is neither in the crops nor predicted in any counts as 1. The share of tokens that
     is kept without the noise of the training may be far from the one with it.
     """
-    sums = [step(params, sharding.global_batch(mesh, crop)) for crop in crops]
+    sums = [step(params, sharding.global_batch(mesh, crop, batch_size)) for crop in crops]
     sums = jax.device_get(sums)
     overlap = sum(np.asarray(one["overlap"], np.float64) for one in sums)
     total = sum(np.asarray(one["total"], np.float64) for one in sums)
@@ -48,32 +48,46 @@ def pseudo_dice(step, params, crops, mesh, regions):
     return values
 
 
-def volume_dice(segmenter, records, cases, overlays=None):
+def volume_dice(segmenter, records, cases, roll, overlays=None):
     """Mean Dice per region over whole cases: {"volume/dice/WT": ..., "volume/dice": mean}.
 
-    ``overlays``: case -> PNG, of those that are to be drawn.
+    Every process of the run takes its share of the cases; all get the means.
+
+    Args:
+      segmenter: of this process's devices.
+      records: the records.
+      cases: ids.
+      roll: of the processes (masm_jax/processes.py).
+      overlays: case -> PNG, of those that are to be drawn.
     """
     regions = segmenter.settings.regions
-    scores = {name: [] for name in regions}
-    for case in cases:
+    own = {}
+    for case in cases[jax.process_index() :: jax.process_count()]:
         probabilities = segmenter.probabilities(records.image(case))
         reference = np.asarray(records.label(case))
         spacing = records.meta(case)["record_spacing"]
         rules = decoding(segmenter.settings, spacing)
         predicted = decode(probabilities, regions=regions, **rules)
-        for name, values in regions.items():
-            masks = np.isin(predicted, values), np.isin(reference, values)
-            scores[name].append(dice(*masks))
+        own[case] = {
+            name: float(dice(np.isin(predicted, values), np.isin(reference, values)))
+            for name, values in regions.items()
+        }
         if case in (overlays or {}):
             pictures.overlay(
                 overlays[case],
                 records.image(case),
                 predicted,
                 reference,
-                title=f"{case}   Dice " + "  ".join(f"{n} {s[-1]:.2f}" for n, s in scores.items()),
+                title=f"{case}   Dice " + "  ".join(f"{n} {s:.2f}" for n, s in own[case].items()),
                 modalities=records.modalities,
                 spacing=spacing,
                 regions=regions,
             )
-    means = {f"volume/dice/{name}": float(np.mean(values)) for name, values in scores.items()}
+    scores = {}
+    for part in roll.gather("the Dice of whole cases", own, limit=3600):
+        scores |= part
+    means = {
+        f"volume/dice/{name}": float(np.mean([scores[case][name] for case in cases]))
+        for name in regions
+    }
     return means | {"volume/dice": float(np.mean(list(means.values())))}

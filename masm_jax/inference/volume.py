@@ -65,8 +65,8 @@ class Segmenter:
         self._step = jax.jit(step)
 
     def update(self, params):
-        """Take other weights (device arrays); nothing is compiled again."""
-        self._params = params
+        """Take other weights; nothing is compiled again."""
+        self._params = jax.device_put(params, sharding.replicated(self._mesh))
 
     def probabilities(self, image, progress=None):
         """Region probabilities of one prepared image.
@@ -156,12 +156,12 @@ def restore_run(workdir, *, which, mesh, given=()):
     # Imported here, because an export is run without network, config and checkpoints.
     from masm_jax import checkpoint
     from masm_jax import config as config_lib
+    from masm_jax.processes import Solo
     from masm_jax.state import Network, abstract_state
 
     config = config_lib.load(workdir, given)
     checkpoints = checkpoint.Checkpoints(workdir)
-    step = checkpoints.best() if which == "best" else checkpoints.latest()
-    if step is None:
+    if checkpoints.latest() is None:
         raise ValueError(
             f"{checkpoints.folder} holds no complete checkpoint; has train.py saved one?"
         )
@@ -170,12 +170,18 @@ def restore_run(workdir, *, which, mesh, given=()):
             f"infer.average = {config.infer.average} averages the newest checkpoints; expected 1 "
             f"with --checkpoint=best"
         )
-    steps = [step] if which == "best" else checkpoints.newest(config.infer.average)
-    meta = checkpoints.meta(step)
-    config_lib.check_thresholds(config, meta["regions"])
-    network = Network(config, modalities=meta["modalities"], regions=meta["regions"])
+    task = checkpoints.task()
+    config_lib.check_thresholds(config, task["regions"])
+    regions = task["regions"]
+    network = Network(config, modalities=task["modalities"], regions=regions, mesh=mesh)
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))
-    weights = [checkpoints.restore(step, target)[0]["ema"] for step in steps]
+    if config.infer.average == 1:
+        _, state, meta = checkpoints.restore_newest(target, Solo(), best=which == "best")
+        weights = [state["ema"]]
+    else:
+        steps = checkpoints.newest(config.infer.average)
+        restored = [checkpoints.restore(step, target) for step in steps]
+        weights, meta = [state["ema"] for state, _ in restored], restored[-1][1]
     checkpoints.close()
     return network, jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *weights), meta
 

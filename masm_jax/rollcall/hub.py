@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import logging
 import socket
 import time
 
@@ -22,6 +23,8 @@ from masm_jax.rollcall.members import (
 )
 from masm_jax.runtime import EXIT_ERROR, EXIT_PEER
 
+_log = logging.getLogger("masm_jax.processes")
+
 
 class Hub:
     """Process 0's end of all connections."""
@@ -32,6 +35,7 @@ class Hub:
         self._went = {}  # came and went before all were there
         self._complete = asyncio.Event()
         self._meeting, self._timer = {}, None  # messages by process id
+        self._steps = None  # by process id, once one wants to stop
         self._connected = 0  # members
         self._said = b""  # the verdict
         self._server = None
@@ -139,6 +143,18 @@ class Hub:
             # A process that died fails the collectives of others: its death may be read after that.
             text = f"{member}: {message['fail']}"
             loop.call_later(GRACE, self.verdict, text, message["code"], member.id)
+        elif "stop" in message:
+            if self._steps is None:
+                self._steps = {}
+                _log.warning("%s: %s; all stop after saving", member, message["stop"])
+                self._tell({"stop": "soon"})
+                self._roll.stop("soon")
+        elif "at" in message:
+            self._steps[member.id] = message["at"]
+            if len(self._steps) == self._of:
+                last = max(self._steps.values()) + 1
+                self._tell({"stop": last})
+                self._roll.stop(last)
         elif "meet" in message:
             if not self._meeting:
                 self._timer = loop.call_later(message["limit"], self._overdue, message)

@@ -37,6 +37,8 @@ class Roll:
         self.me = Member(place.process_id, socket.gethostname(), os.getpid())
         self.over = self.left = False  # a verdict is out; all have reached the orderly end
         self.answers = queue.SimpleQueue()
+        self._step, self._stop_at, self._asked = 0, None, False
+        self._pace = threading.Condition()
         self._tasks = set()  # the loop itself keeps none alive
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="roll call", daemon=True).start()
@@ -56,6 +58,33 @@ class Roll:
     def gather(self, name, value, *, limit=600.0):
         """The values of all processes (a list, by process id), on all. Arguments as of agree."""
         return self._meet({"meet": name, "value": value, "limit": limit, "same": False})
+
+    def stopping(self, step, wanted):
+        """Whether to stop after this step: all processes after the same, if one of them wants to.
+
+        Costs nothing until one does. Then the threads of the roll call say which step each is at,
+        and the run stops one past the furthest; a process holds at its next call until that is
+        known, which takes no longer than a message there and back.
+
+        Args:
+          step: just dispatched; grows by one from call to call.
+          wanted: why this process wants to stop, such as "SIGTERM"; or None.
+        """
+        if wanted and not self._asked:
+            self._asked = True
+            self._post({"stop": str(wanted)})
+        with self._pace:
+            self._step = step
+            self._pace.wait_for(lambda: self._stop_at != "soon")
+            return self._stop_at is not None and step >= self._stop_at
+
+    def stop(self, at):
+        """News of the stop, in the loop's thread: "soon" asks for the step; a number is it."""
+        with self._pace:
+            self._stop_at = at
+            self._pace.notify_all()
+            if at == "soon":
+                self._link.post({"at": self._step})
 
     def fail(self, text, code=EXIT_ERROR):
         """End all processes, with this process's error as the cause and the exit code."""
@@ -198,6 +227,8 @@ class Spoke:
                 message = json.loads(said)
                 if "text" in message:
                     roll.end(**message)
+                elif "stop" in message:
+                    roll.stop(message["stop"])
                 elif "met" in message:
                     roll.left = message["met"] == THE_END
                     roll.answers.put(message["values"])
