@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from masm_jax.models.layers import average_pool, planes, space_to_depth, volumes
+from masm_jax.models.layers import average_pool, planes, stem, volumes
 
 
 def region_targets(label, regions, factor=1):
@@ -23,8 +23,9 @@ def region_targets(label, regions, factor=1):
       (B, D / f, H / f, W / f, f^3 R) float32 of 0 and 1, the region running fastest.
     """
     regions = list(regions)
-    cells = volumes(space_to_depth(planes(label[..., None]), factor), label.shape[1] // factor)
-    voxels = jnp.repeat(cells, len(regions), axis=-1)
+    # As the scans are taken apart; labels are small whole numbers, exact in bfloat16.
+    cells = stem(planes(label[..., None])[..., 0].astype(jnp.bfloat16), factor)
+    voxels = jnp.repeat(volumes(cells, label.shape[1] // factor), len(regions), axis=-1)
     target = jnp.zeros(voxels.shape, bool)
     for value in sorted({value for values in regions for value in values}):
         inside = np.tile([value in values for values in regions], factor**3)
