@@ -15,6 +15,7 @@ _PARTS = (  # end of a file's path, or a folder in it -> part; the first that is
     ("models/aware.py", "aware mixer"),
     ("models/shift.py", "shift mixer"),
     ("models/masm.py", "network"),
+    ("masm_jax/state.py", "network"),
     ("masm_jax/losses.py", "loss"),
     ("data/augment.py", "augmentation"),
     ("masm_jax/optim.py", "optimiser"),

@@ -10,7 +10,9 @@ import json
 import pathlib
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
+from masm_jax.benchmark.roofline import PODS
 from masm_jax.benchmark.traffic import KINDS
 from masm_jax.files import replacing
 
@@ -36,7 +38,7 @@ def run(args):
     save(scaling(reports), folder / "scaling")
     for name, report in reports.items():
         save(movers(report, name), folder / f"movers_{name}")
-    print(f"{folder}: {len(reports) + 2} pictures, each as .png and .svg")
+    print(f"{folder}: bytes, scaling and {len(reports)} of movers, each as .png and .svg")
     return 0
 
 
@@ -91,6 +93,9 @@ def movers(report, name):
     axes.invert_yaxis()
     axes.set_xlabel("GB of HBM moved per chip and step (pale, hatched: padding)")
     axes.set_title(f"{name}: {report['run']['topology']}, compiled, not run", fontsize=10)
+    shown = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    handles = [Patch(color=colours[kind], label=KINDS[kind]) for kind in shown]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
 
 
@@ -106,7 +111,8 @@ def scaling(reports):
         hidden = [100 * row["efficiency_overlapped"] for row in rows]
         axes.plot(chips, hidden, "--", color=colour, linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xticks(PODS, map(str, PODS), fontsize=8)
+    axes.minorticks_off()
     axes.set_ylim(0, 105)
     axes.set_xlabel("chips")
     axes.set_ylabel("efficiency, %")
