@@ -42,7 +42,7 @@ _SILENT = {"parameter", "constant", "tuple", "get-tuple-element", "fusion", "bit
 # Kinds of instructions, in words.
 KINDS = {
     "convolution": "convolutions and matrix products",
-    "layout": "copies, transposes, reshapes",
+    "layout": "copies, transposes, reshapes, casts",
     "join": "slices, padding, concatenation",
     "gather": "gathers and scatters",
     "reduction": "reductions",

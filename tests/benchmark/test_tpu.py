@@ -16,7 +16,7 @@ from masm_jax.benchmark.__main__ import main
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SMALL = (
-    "--config=configs/masm_brats.py", "--topology=v5e:2x2", "--patch=32",
+    "--config=configs/masm_brats.py", "--topology=v5e:2x2", "--patch=16",
     "--set", "model.size=tiny", "--set", "model.mixers=()", "--set", "augment=none",
 )  # fmt: skip
 
@@ -170,11 +170,12 @@ def test_a_real_step_is_compiled_once(compiler, tmp_path):
     assert state < memory["arguments"] < 1.5 * state
     assert memory["aliased"] == pytest.approx(memory["outputs"], rel=0.01)  # donated
     assert memory["arguments"] < memory["peak"] < memory["usable"]
-    # Gradients, bf16 for kernels, are all-reduced: between 2 and 4 bytes for each parameter.
+    # Gradients are all-reduced: 4 bytes for each parameter, 2 where that is done in bfloat16.
     assert 2 * parameters < found["all_reduced_bytes"] < 4.1 * parameters
     assert found["collectives"]["all-reduce"]["groups"] == [4]
-    # Convolutions are nearly all of what the compiler counts.
-    assert 0.7 < found["traffic"]["flops"] / found["cost_analysis"]["flops"] < 1.01
+    # What the compiler counts beside convolutions: at this size the optimiser, most of all.
+    others = found["cost_analysis"]["flops"] - found["traffic"]["flops"]
+    assert 10 * parameters < others < 50 * parameters
     # The state is read and written once, at least.
     assert memory["arguments"] < found["traffic"]["read"] < found["cost_analysis"]["bytes_accessed"]
     places = found["traffic"]["by_place"]
