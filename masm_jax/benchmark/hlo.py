@@ -6,7 +6,7 @@ Nothing here needs JAX or a device: text in, ``Module`` out. What moves how many
 Sizes are those of the memory, not of the mathematics. A TPU stores an array in tiles: the layout
 ``bf16[4,64,64,24]{3,2,1,0:T(8,128)(2,1)}`` says minor-to-major order, tiles of 8 x 128 over the two
 minor dimensions, and pairs of bf16 packed into 32 bits. Its 24 channels take 128 lanes: 5.3 times
-the bytes of the numbers. ``S(1)`` is the on-chip memory (VMEM), no number is HBM.
+the bytes of the numbers. No ``S(...)`` is HBM; ``S(1)``, on v4 ``S(3)``, is on the chip.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import functools
 import math
 import re
 
+HBM, ON_CHIP = 0, (1, 3)  # VMEM, and the CMEM of v4
 _BITS = {
     "pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128, "s1": 1, "u1": 1,
     "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4,
@@ -33,7 +34,7 @@ class Array:
       dims: the logical shape.
       order: dimensions from minor to major.
       tiles: tile shapes, outermost first: ((8, 128), (2, 1)); () is untiled.
-      space: memory space; 0 is HBM, 1 the on-chip VMEM.
+      space: memory space; one of HBM, ON_CHIP or for scalars and flags.
       bits: of an element as stored.
     """
 

@@ -8,22 +8,22 @@ happens inside a fusion stays on the chip. Smaller than the operands are
 * ``dynamic-update-slice``: what it writes; the rest stays where it is.
 
 Bitcasts, tuples and the ``-done`` half of asynchronous pairs move nothing. A loop's body counts as
-often as it runs, where its condition says how often (``Loop.trips``), else once; of a conditional
-the branch that moves most counts. It is a lower bound of the real traffic: a convolution whose
-operand does not fit on the chip reads parts of it more than once.
+often as it runs, where its condition is i < N (from 0, by 1: how loops are traced), else once; of a
+conditional the branch that moves most. Not seen: a convolution whose operand does not fit on the
+chip may read parts of it more than once.
 
 ``cost_analysis()["bytes accessed"]`` of the same program is larger. Tried on small programs
-(libtpu 0.0.52): it adds operands and results in VMEM; counts a prefetch four times (``copy-start``:
-its operand and both halves of its result; ``copy-done``); counts an operand of which a fusion takes
-three slices three times; and a loop's body once. 8192 x 8192 float32: sin(x) 537 MB in both counts,
-x[2:] + x[1:-1] + x[:-2] 1074 MB there and 537 here.
+(libtpu 0.0.52): it adds operands and results on the chip; counts a prefetch four times
+(``copy-start``: its operand and both halves of its result; ``copy-done``); an operand of which a
+fusion takes three slices three times; and a loop's body once. 8192 x 8192 float32: sin(x) 537 MB in
+both counts, x[2:] + x[1:-1] + x[:-2] 1074 MB there and 537 here.
 """
 
 import dataclasses
 import functools
 import re
 
-from masm_jax.benchmark import convolutions, places
+from masm_jax.benchmark import convolutions, hlo, places
 
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
@@ -62,7 +62,7 @@ class Move:
       kind: a key of KINDS.
       read, written: bytes of HBM, tiled.
       padding: how many of these are padding.
-      onchip: bytes of its operands and results in VMEM.
+      onchip: bytes of its operands and results in on-chip memory.
       cycles: the compiler's estimate; 0 where it gives none.
       flops: of its convolutions.
       trips: how often it runs.
@@ -201,7 +201,7 @@ class _Counter:
             reads, writes = reads[1:], [(writes[0][0], update)]
         elif opcode == "fusion":
             reads, writes = self._fusion(instruction, operands)
-        hbm = [(array, size) for array, size in [*reads, *writes] if array.space == 0]
+        hbm = [(array, size) for array, size in [*reads, *writes] if array.space == hlo.HBM]
         padding = sum(size - size * a.logical_bytes / a.bytes for a, size in hbm if a.bytes)
         inner = self._opcodes(instruction)
         largest = max(hbm, key=lambda entry: entry[1], default=(None, 0))[0]
@@ -209,10 +209,10 @@ class _Counter:
             name=instruction.name,
             opcode=opcode,
             kind=_kind(opcode, inner),
-            read=trips * sum(size for array, size in reads if array.space == 0),
-            written=trips * sum(size for array, size in writes if array.space == 0),
+            read=trips * sum(size for array, size in reads if array.space == hlo.HBM),
+            written=trips * sum(size for array, size in writes if array.space == hlo.HBM),
             padding=trips * round(padding),
-            onchip=trips * sum(size for array, size in [*reads, *writes] if array.space == 1),
+            onchip=trips * sum(s for array, s in [*reads, *writes] if array.space in hlo.ON_CHIP),
             cycles=trips * instruction.cycles,
             flops=trips * convolutions.flops(self.module, instruction, body),
             trips=trips,
