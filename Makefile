@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help interpreter venv test-tools test lint demo-records demo demo-compare clean
+.PHONY: help interpreter venv test-tools tpu-env tpu-tools test lint demo-records demo demo-compare clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -10,6 +10,7 @@ export PYTHONUNBUFFERED := 1
 CASES ?= 40
 PYTEST ?=
 VENV ?= .venv
+TPU_VENV ?= .venv-tpu
 PY := $(VENV)/bin/python
 # The first that runs, has a right version and can make environments: a name on the PATH may be a
 # shim that only fails, and Debian's python3 cannot make environments without python3-venv.
@@ -23,6 +24,7 @@ help:
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
 	@echo "make lint          ruff"
 	@echo "make venv          set up $(VENV) with requirements.txt; PYTHON=/path/to/python3.12 chooses a Python"
+	@echo "make tpu-env       set up $(TPU_VENV): the TPU compiler, for a machine without a TPU"
 	@echo "make clean         remove demo/ and caches; $(VENV), records/ and runs/ stay"
 
 # ---------------------------------------------------------------- environment
@@ -39,7 +41,7 @@ interpreter:
 	echo "making $(VENV) with $$($$python --version)"; \
 	$$python -m venv "$(VENV)"
 
-# $(call install,FILE,ALL FILES IT READS,SIZE): once per content of the files.
+# $(call install,FILE,ALL FILES IT READS,about 1.6 GB): once per content of the files.
 define install
 	@set -o pipefail; \
 	sum=$$(cat $(2) | cksum); stamp="$(VENV)/.installed-$(1)"; \
@@ -63,6 +65,13 @@ test-tools: interpreter
 	    || { apt-get update -q && apt-get install -y -q --no-install-recommends chromium; }; \
 	  } >/dev/null 2>&1 || echo "no chromium by apt-get: the browser test will skip"; \
 	fi
+
+tpu-env:
+	@$(MAKE) --no-print-directory VENV="$(TPU_VENV)" tpu-tools
+	@echo "$(TPU_VENV)/bin/python -m masm_jax.benchmark tpu --config=configs/masm_brats.py --topology=v5e:4x4"
+
+tpu-tools: interpreter
+	$(call install,requirements-tpu.txt,requirements.txt requirements-tpu.txt,about 1.6 GB)
 
 # ---------------------------------------------------------------- checks
 

@@ -2,6 +2,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -60,9 +61,10 @@ class Decoder(nnx.Module):
         logits = []
         for level in reversed(range(len(self.ups))):
             skip, depth = skips[level]
-            x = wrap(functools.partial(self._level, level, depth))(x, skip)
-            if level < len(self.heads) and (deep or level == 0):
-                logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
+            with jax.named_scope(f"level{level + 1}"):
+                x = wrap(functools.partial(self._level, level, depth))(x, skip)
+                if level < len(self.heads) and (deep or level == 0):
+                    logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
         logits.reverse()
         return logits
 

@@ -1,5 +1,6 @@
 """The encoder: one set of weights for every modality."""
 
+import jax
 from flax import nnx
 
 from masm_jax.models.layers import ConvNorm, apply_all
@@ -26,8 +27,9 @@ class Encoder(nnx.Module):
         ``wrap`` goes around every level: ``jax.checkpoint``, or nothing.
         """
         features = []
-        for level in self.levels:
-            x = wrap(lambda x, level=level, depth=depth: apply_all(level, x, depth))(x)
+        for number, level in enumerate(self.levels, 1):
+            with jax.named_scope(f"level{number}"):  # for those who look at the compiled program
+                x = wrap(lambda x, level=level, depth=depth: apply_all(level, x, depth))(x)
             depth = -(-depth // level[0].stride)
             features.append((x, depth))
         return features

@@ -185,17 +185,18 @@ class MASM(nnx.Module):
         skips, keep = [], {}
         features = self.encoder(x, depth // self.stem, wrap)
         for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
-            if name == "aware":
-                level_key = None
-                if key is not None:
-                    level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
-                mixer = wrap(functools.partial(self.mixers[_key(level)], depth=depth))
-                x, keep[_key(level)] = mixer(
-                    x, key=level_key, temperature=temperature, noise=noise
-                )
-            elif name == "shift":
-                x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x)
-            skips.append((self.fuse[level](together(x, modalities)), depth))
+            with jax.named_scope(_key(level)):
+                if name == "aware":
+                    level_key = None
+                    if key is not None:
+                        level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
+                    mixer = wrap(functools.partial(self.mixers[_key(level)], depth=depth))
+                    x, keep[_key(level)] = mixer(
+                        x, key=level_key, temperature=temperature, noise=noise
+                    )
+                elif name == "shift":
+                    x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x)
+                skips.append((self.fuse[level](together(x, modalities)), depth))
         return self.decoder(skips, deep, wrap), keep
 
 

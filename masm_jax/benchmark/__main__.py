@@ -1,0 +1,41 @@
+"""python -m masm_jax.benchmark COMMAND ...
+
+A command is a module of this package with ``add_arguments(parser)`` and ``run(args) -> exit code``;
+its ValueError is an error in one line. Only the module that is asked for is imported: ``tpu`` has
+to set the environment before anything imports JAX. Exit codes: 0 done, 1 an error, 2 usage.
+"""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "tpu": "compile a step for a TPU pod that is not there: memory, bytes, FLOPs, bounds",
+    "plots": "draw what tpu has written",
+}
+
+
+def main(argv=None):
+    """Arguments in, exit code out."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="python -m masm_jax.benchmark", description="Cost of the network."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    module = None
+    for name, words in COMMANDS.items():
+        own = commands.add_parser(name, help=words, formatter_class=argparse.RawTextHelpFormatter)
+        if argv[:1] == [name]:
+            module = importlib.import_module(f"masm_jax.benchmark.{name}")
+            own.description = module.__doc__
+            module.add_arguments(own)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except (ValueError, OSError) as error:
+        print(f"benchmark {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
