@@ -21,11 +21,12 @@ import numpy as np
 from absl import app, flags
 
 from masm_jax import config as config_lib
-from masm_jax import runtime, sharding
+from masm_jax import processes, runtime, sharding
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, report, scoring, tables
+from masm_jax.files import as_path
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import (
     Segmenter,
@@ -59,12 +60,18 @@ _WORKERS = flags.DEFINE_integer(
 _SET = flags.DEFINE_multi_string(
     "set", [], "KEY=VALUE of infer. or evaluation., such as infer.flips=0,1,2; may be repeated."
 )
+processes.define_flags()
 log = logging.getLogger("masm_jax.eval")
 
 
-def evaluate(workdir, output):
-    """Evaluate the run in ``workdir``; returns the exit code."""
-    workdir, output = pathlib.Path(workdir), pathlib.Path(output)
+def evaluate(workdir, output, roll):
+    """Evaluate the run in ``workdir``; returns the exit code.
+
+    Of several processes (``roll``) each takes its share of the cases; the first one writes tables
+    and report, from what all have put into ``output``.
+    """
+    workdir, output = as_path(workdir), pathlib.Path(output)
+    first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- run, cases, references
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
@@ -79,19 +86,23 @@ def evaluate(workdir, output):
     references = _references(_REFERENCE.value, cases)
     views = _view_spacing(records, cases)
     (output / "predictions").mkdir(parents=True, exist_ok=True)
-    gallery.clear(output)
+    if first:
+        gallery.clear(output)
+    roll.agree("the cases", {"step": meta["step"], "cases": cases})
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
     # ---------------------------------------------------------------- case by case
     # Segmented here, on the device, while worker processes compare the cases before.
     rows, lesions, failed, grids = [], [], {}, set()
+    own = cases[jax.process_index() :: jax.process_count()]
     jobs = _segmented(
-        segmenter, records, cases, references, output, failed, config.evaluation, views
+        segmenter, records, own, references, output, failed, config.evaluation, views
     )
     began = time.perf_counter()
     try:
         for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
-            rows, lesions = rows + scored.rows, lesions + scored.lesions
+            rows += scored.rows
+            lesions += scored.lesions
             if scored.problem:
                 failed[scored.case] = scored.problem
                 log.error("%s failed: %s", scored.case, scored.problem)
@@ -99,11 +110,15 @@ def evaluate(workdir, output):
                 continue
             grids.add(scored.grid)
             done = len({row["case"] for row in rows} | failed.keys())
-            left = (time.perf_counter() - began) / done * (len(cases) - done)
+            left = (time.perf_counter() - began) / done * (len(own) - done)
             dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
-            log.info("%d/%d %s  Dice %s  left %.0f s", done, len(cases), scored.case, dice, left)
+            log.info("%d/%d %s  Dice %s  left %.0f s", done, len(own), scored.case, dice, left)
     except ValueError as error:  # a worker died: what is scored is written all the same
-        failed |= dict.fromkeys(set(cases) - {row["case"] for row in rows} - failed.keys(), error)
+        failed |= dict.fromkeys(set(own) - {row["case"] for row in rows} - failed.keys(), error)
+    if jax.process_count() > 1:
+        rows, lesions, failed, grids = _together(roll, rows, lesions, failed, grids, cases)
+    if not first:
+        return runtime.EXIT_SOME_FAILED if failed else 0
 
     # ---------------------------------------------------------------- tables, report
     about = {
@@ -141,6 +156,21 @@ def evaluate(workdir, output):
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
+def _together(roll, rows, lesions, failed, grids, cases):
+    """What all processes have found, in the order of the cases."""
+    failed = {case: str(reason) for case, reason in failed.items()}
+    found = {"rows": rows, "lesions": lesions, "failed": failed, "grids": sorted(grids)}
+    found = json.loads(json.dumps(found, default=float))  # NumPy's numbers too
+    parts = roll.gather("the scores", found, limit=24 * 3600)
+    place = {case: i for i, case in enumerate(cases)}
+
+    def joined(name):
+        return sorted((row for part in parts for row in part[name]), key=lambda r: place[r["case"]])
+
+    failed = {case: why for part in parts for case, why in part["failed"].items()}
+    return joined("rows"), joined("lesions"), failed, {g for part in parts for g in part["grids"]}
+
+
 def _cases(workdir, records, config):
     named = json.loads((workdir / "split.json").read_text())
     wanted = _SPLIT.value
@@ -160,7 +190,7 @@ def _cases(workdir, records, config):
 def _trained_on(workdir, config, records, cases):
     """Which of the cases the run, or one averaged with it, was trained on; says so."""
     trained = set()
-    for run in (workdir, *map(pathlib.Path, config.infer.runs)):
+    for run in (workdir, *map(as_path, config.infer.runs)):
         trained |= set(json.loads((run / "split.json").read_text())["train"])
     seen = sorted(trained & set(cases)) if _SPLIT.value != "train" else []
     if _RECORDS.value and pathlib.Path(config.data.records).is_dir():
@@ -265,10 +295,14 @@ def main(_):
     """Flags in, exit code out; an error is one readable line."""
     runtime.start()
     try:
-        sys.exit(evaluate(_WORKDIR.value, _OUTPUT.value))
-    except (ValueError, OSError) as error:
+        place = processes.detect(flags.FLAGS)
+    except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
-        sys.exit(runtime.EXIT_ERROR)
+        sys.exit(runtime.EXIT_USAGE)
+    limit = flags.FLAGS.start_timeout
+    with processes.joined(place, limit=limit, readable=(ValueError, OSError)) as roll:
+        code = evaluate(_WORKDIR.value, _OUTPUT.value, roll)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Shared fixtures. Set before JAX starts: CPU only, eight devices, quick compilation."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 
+CASES = [f"Phantom_{index:05d}" for index in range(4)]
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # A third of the time that a training step takes to compile. The names are those of one XLA.
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 2}
@@ -100,3 +102,30 @@ def command(command_line):
         return result
 
     return run
+
+
+# ---------------------------------------------------------------- phantoms, for the commands
+
+
+@pytest.fixture(scope="session")
+def phantoms(command, tmp_path_factory):
+    """Four phantoms at 6 mm, raw."""
+    folder = tmp_path_factory.mktemp("phantoms") / "raw"
+    command("-m", "masm_jax.phantom", f"--output={folder}", "--cases=4", "--spacing=6")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records(command, phantoms):
+    """The same, prepared."""
+    folder = phantoms.parent / "records"
+    said = command("-m", "masm_jax.prepare", f"--input={phantoms}", f"--output={folder}")
+    assert "4 records" in said.stdout and "brats2021" in said.stdout
+    return folder
+
+
+@pytest.fixture(scope="session")
+def split(phantoms):
+    path = phantoms.parent / "split.json"
+    path.write_text(json.dumps({"train": CASES[:3], "val": CASES[3:]}))
+    return path

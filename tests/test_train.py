@@ -17,8 +17,8 @@ from masm_jax import checkpoint, sharding
 from masm_jax import config as config_lib
 from masm_jax.data.records import Records
 from masm_jax.state import Network, abstract_state
+from tests.conftest import CASES
 
-CASES = [f"Phantom_{index:05d}" for index in range(4)]
 STEPS = 6
 FLAGS = (
     "--config=configs/masm_demo.py",
@@ -34,30 +34,6 @@ FLAGS = (
     "--config.log.volumes=1",
     "--config.log.checkpoint_every=4",
 )
-
-
-@pytest.fixture(scope="module")
-def phantoms(command, tmp_path_factory):
-    """Four phantoms at 6 mm, raw."""
-    folder = tmp_path_factory.mktemp("phantoms") / "raw"
-    command("-m", "masm_jax.phantom", f"--output={folder}", "--cases=4", "--spacing=6")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def records(command, phantoms):
-    """The same, prepared."""
-    folder = phantoms.parent / "records"
-    said = command("-m", "masm_jax.prepare", f"--input={phantoms}", f"--output={folder}")
-    assert "4 records" in said.stdout and "brats2021" in said.stdout
-    return folder
-
-
-@pytest.fixture(scope="module")
-def split(phantoms):
-    path = phantoms.parent / "split.json"
-    path.write_text(json.dumps({"train": CASES[:3], "val": CASES[3:]}))
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,13 @@ class Roll:
         self.gather(THE_END, None, limit=limit)
         jax.distributed.shutdown()  # does nothing if it was not connected
         self._in_loop(self._link.close())
+        self._in_loop(self._rest())
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _rest(self):
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def end(self, text, code=EXIT_ERROR, cause=None):
         """The verdict as it reaches this process; in the loop's thread.

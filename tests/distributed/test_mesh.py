@@ -1,5 +1,7 @@
 """The same step, however batch and volumes are cut over devices, and in however many parts."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -55,23 +57,18 @@ def assert_same(one, other):
         assert error < 1e-5 * max(np.linalg.norm(moment), 1e-3 * largest), name
 
 
-@pytest.mark.parametrize(("data", "cut"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_a_mesh_takes_the_step_of_one_device(alone, make_config, quick_jit, data, cut):
-    assert_same(alone, stepped(settings(make_config), quick_jit, devices=8, spatial=cut))
-
-
-@pytest.mark.parametrize("batch_dice", [True, False])
-def test_parts_take_the_step_of_the_whole_batch(make_config, quick_jit, batch_dice, alone):
-    config = settings(make_config, **{"loss.batch_dice": batch_dice})
-    whole = alone if batch_dice else stepped(config, quick_jit, devices=1)
-    config.accumulate = 4
-    assert_same(whole, stepped(config, quick_jit, devices=2))
-
-
-@pytest.mark.parametrize("remat", ["blocks", "full"])
-def test_what_is_computed_again_is_the_same(alone, make_config, quick_jit, remat):
+# Each way to compute again on the way back is taken along with one of the meshes.
+@pytest.mark.parametrize(
+    ("data", "cut", "remat"), [(8, 1, "none"), (4, 2, "blocks"), (2, 4, "full"), (1, 8, "none")]
+)
+def test_a_mesh_takes_the_step_of_one_device(alone, make_config, quick_jit, data, cut, remat):
     config = settings(make_config, **{"model.remat": remat})
-    assert_same(alone, stepped(config, quick_jit, devices=2, spatial=2))
+    assert_same(alone, stepped(config, quick_jit, devices=data * cut, spatial=cut))
+
+
+def test_parts_take_the_step_of_the_whole_batch(alone, make_config, quick_jit):
+    """Dice is summed over the batch: its loss is no mean of those of the parts."""
+    assert_same(alone, stepped(settings(make_config, accumulate=4), quick_jit, devices=2))
 
 
 def test_every_device_holds_its_part():
@@ -134,10 +131,10 @@ def test_convolution_across_the_cut(lowering, stride, depth):
 
     planes = jax.P("data", "spatial")
     cut = spatial.over(mesh, convolved, (planes,), planes)
-    results = [
-        jax.jit(jax.value_and_grad(lambda k, x, c=c: loss(c, k, x), (0, 1), has_aux=True))(kernel, x)
-        for c in (convolved, cut)
-    ]
+    results = []
+    for convolve in (convolved, cut):
+        both = jax.value_and_grad(functools.partial(loss, convolve), (0, 1), has_aux=True)
+        results.append(jax.jit(both)(kernel, x))
     for one, other in zip(*map(jax.tree.leaves, results)):
         np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-4)
 
@@ -148,14 +145,15 @@ def test_upsampling_and_norm_across_the_cut(factor):
     x = jax.random.normal(jax.random.key(0), (2, 8, 3, 4, 2)) + 3
 
     def smoothed(_, x):
-        return layers.volumes(layers.upsample(layers.planes(x), factor, x.shape[1]), factor * x.shape[1])
+        y = layers.upsample(layers.planes(x), factor, x.shape[1])
+        return layers.volumes(y, factor * x.shape[1])
 
     def normed(scale, x):
         y = layers.instance_norm(layers.planes(x), scale, scale * 0, x.shape[1], 1e-5)
         return layers.volumes(y, x.shape[1])
 
-    planes = jax.P("data", "spatial")
+    planes, ones = jax.P("data", "spatial"), np.ones((1, 2), np.float32)
     for function in (smoothed, normed):
-        whole = function(np.ones((1, 2), np.float32), x)
-        cut = jax.jit(spatial.over(mesh, function, (planes,), planes))(np.ones((1, 2), np.float32), x)
+        whole = function(ones, x)
+        cut = jax.jit(spatial.over(mesh, function, (planes,), planes))(ones, x)
         np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
