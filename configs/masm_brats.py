@@ -80,7 +80,7 @@ def get_config():
     log.volumes = 16  # how many validation cases
     log.overlays = 4  # how many of them are drawn, to overlays/ and TensorBoard
     log.checkpoint_every = 1000  # steps between checkpoints
-    log.keep = 1  # how many of the newest are kept, beside the best
+    log.keep = 2  # how many of the newest are kept, beside the best; one may turn out broken
 
     config.infer = infer = ml_collections.ConfigDict()
     infer.overlap = 0.5  # of neighbouring tiles

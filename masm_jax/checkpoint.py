@@ -6,12 +6,12 @@ that a run resumes on any number of devices.
 """
 
 import logging
-import shutil
 import zlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
@@ -173,11 +173,12 @@ class Checkpoints:
 
     def _put_aside(self, step):
         """A broken one would be the newest, and no other could be saved before its step."""
-        aside = self.folder.with_name("checkpoints_broken") / str(step)
+        aside = epath.Path(self.folder.with_name("checkpoints_broken") / str(step))
         if jax.process_index() == 0:
             aside.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.folder / str(step)).rename(aside)
+            if aside.exists():
+                aside.rmtree()
+            epath.Path(self.folder / str(step)).rename(aside)
             _log.error("moved to %s; going on from the one before", aside)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"put aside {step}")

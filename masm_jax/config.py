@@ -12,9 +12,10 @@ from masm_jax.models.mosaic import offsets
 
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
-# result.
+# result, or in its rounding alone.
 FREE_TO_CHANGE = (
-    "stop_at_step", "mesh.", "data.records", "data.workers", "log.", "infer.", "evaluation.",
+    "stop_at_step", "accumulate", "mesh.", "model.remat", "data.records", "data.workers", "log.",
+    "infer.", "evaluation.",
 )  # fmt: skip
 
 

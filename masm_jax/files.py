@@ -20,16 +20,9 @@ def as_path(place: str | os.PathLike) -> pathlib.Path:
     scheme, found, rest = text.partition("://")
     if not found or scheme == "file":
         return pathlib.Path(rest if found else text).absolute()
-    try:
-        path = epath.Path(text)
-        os.fspath(path)
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{text}: no such scheme ({error}); expected a folder, or gs://, s3:// or az://"
-        ) from error
-    if not is_remote(path):
+    if scheme not in ("gs", "s3", "az"):
         raise ValueError(f"{text}: no such scheme; expected a folder, or gs://, s3:// or az://")
-    return path
+    return epath.Path(text)
 
 
 def is_remote(path: str | os.PathLike) -> bool:

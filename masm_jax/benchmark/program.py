@@ -18,7 +18,7 @@ import jaxlib
 from jax.experimental import topologies
 
 import masm_jax
-from masm_jax import checkpoint, sharding, steps
+from masm_jax import checkpoint, plan, sharding, steps
 from masm_jax import config as config_lib
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.models import conv
@@ -90,29 +90,17 @@ def lower(config, where, step):
     mesh = sharding.make_mesh(devices(where), data=config.mesh.data, spatial=config.mesh.spatial)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     network = Network(config, modalities=MODALITIES, regions=REGIONS, mesh=mesh)
-    everywhere, layout = sharding.replicated(mesh), sharding.batch_shardings(mesh)
-    state = checkpoint.with_sharding(abstract_state(network), everywhere)
-
-    def array(name, dtype, *channels):
-        shape = (config.batch_size, *channels, *network.patch)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout[name])
-
-    modalities = len(network.modalities)
     with conv.traced_for("tpu"):
-        if step == "infer":
-            tiles = array("image", jnp.float32, modalities)
-            lowered = jax.jit(steps.segment_step(network)).lower(state["params"], tiles)
+        if step == "train":
+            lowered = plan.lowered(network, mesh, config.batch_size)
         else:
-            key = checkpoint.with_sharding(jax.eval_shape(lambda: jax.random.key(0)), everywhere)
-            batch = {
-                "image": array("image", jnp.float16, modalities),
-                "label": array("label", jnp.uint8),
-            }
-            compiled = jax.jit(
-                steps.train_step(network), donate_argnums=0, out_shardings=(everywhere, everywhere)
+            params = checkpoint.with_sharding(
+                abstract_state(network)["params"], sharding.replicated(mesh)
             )
-            lowered = compiled.lower(state, batch, key)
-    return lowered, num_parameters(state["params"])
+            shape = (config.batch_size, len(network.modalities), *network.patch)
+            tiles = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.over_batch(mesh))
+            lowered = jax.jit(steps.segment_step(network)).lower(params, tiles)
+    return lowered, num_parameters(abstract_state(network)["params"])
 
 
 def compile_(lowered):

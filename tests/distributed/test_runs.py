@@ -1,4 +1,4 @@
-"""train.py and eval.py on two processes of four devices: the same numbers, stops, deaths, resuming."""
+"""train.py and eval.py on two processes of four devices: the same numbers, stops, deaths."""
 
 import csv
 import json
