@@ -77,7 +77,9 @@ tpu-tools: interpreter
 
 test: test-tools
 	$(PY) -m ruff check .
-	$(PY) -m pytest $(PYTEST)
+	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
+	@# tests share what they have trained.
+	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST)
 
 lint: test-tools
 	$(PY) -m ruff check .
