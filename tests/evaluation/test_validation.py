@@ -48,6 +48,16 @@ def test_validation_crops_are_the_same_each_time_and_not_those_of_training(recor
     training.close()
 
 
+def test_validation_crops_of_some_rows_and_three_edges(records, make_config):
+    config = make_config(**{"batch_size": 4, "log.patches": 8, "patch": (16, 32, 16)})
+    whole = validation.validation_crops(config, records, CASES)
+    some = validation.validation_crops(config, records, CASES, rows=(1, 2))
+    assert len(whole) == len(some) == 2 and whole[0]["label"].shape == (4, 16, 32, 16)
+    for a, b in zip(whole, some):
+        for name in a:
+            np.testing.assert_array_equal(a[name][1:3], b[name])
+
+
 def test_fewer_crops_than_a_batch_are_one_batch(records, make_config):
     config = make_config(**{"batch_size": 8, "log.patches": 1})
     assert len(validation.validation_crops(config, records, CASES)) == 1
