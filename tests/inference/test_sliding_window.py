@@ -133,6 +133,7 @@ def test_overlapping_tiles_are_averaged_with_gaussian_weights():
 
 def test_tiles_of_three_edges_are_weighted_along_each():
     """The logit is the mean of the tile; along W alone there are two, at 0 and at 2."""
+
     @jax.jit
     def mean(tiles):
         average = tiles[:, 0].mean(axis=(1, 2, 3), keepdims=True)
