@@ -23,11 +23,11 @@ def main():
     print(f"| batch, grid, channels | {' | '.join(f'`{name}`' for name in LOWERINGS)} |")
     print("|---" * (len(LOWERINGS) + 1) + "|")
     for batch, edge, inner, outer in SHAPES:
-        x = jax.random.normal(jax.random.key(0), (batch, edge, edge, edge, inner))
+        x = jax.random.normal(jax.random.key(0), (batch * edge, edge, edge, inner))
         kernel = jax.random.normal(jax.random.key(1), (3, 3, 3, inner, outer))
 
-        def loss(x, kernel, lowering):
-            return jnp.square(conv(x, kernel, lowering=lowering)).sum()
+        def loss(x, kernel, lowering, edge=edge):
+            return jnp.square(conv(x, kernel, depth=edge, lowering=lowering)).sum()
 
         steps = {
             name: jax.jit(lambda x, k, name=name: jax.grad(loss, (0, 1))(x, k, name))

@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 import types
 
 import jax
@@ -54,15 +55,39 @@ def test_every_config_is_valid_and_builds(name):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
     assert jax.tree.structure(state["ema"]) == jax.tree.structure(state["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(state["params"])} == {jnp.dtype("float32")}
-    image = jax.ShapeDtypeStruct((2, len(MODALITIES), *(config.patch,) * 3), jnp.float16)
+    assert network.patch == (config.patch,) * 3
+    image = jax.ShapeDtypeStruct((2, len(MODALITIES), *network.patch), jnp.float16)
     logits, keep = jax.eval_shape(
         lambda params, x: network.apply(params, x, deep=True), state["params"], image
     )
-    assert logits[0].shape == (2, *(config.patch,) * 3, len(REGIONS))
+    assert logits[0].shape == (2, *network.patch, len(REGIONS))
     assert len(logits) == SIZES[config.model.size].deep_heads
     aware = [f"level{i + 1}" for i, mixer in enumerate(config.model.mixers) if mixer == "aware"]
     assert sorted(keep) == aware
     assert num_parameters(state["params"]) > 1e6
+
+
+@pytest.mark.parametrize("size", sorted(SIZES))
+@pytest.mark.parametrize("mixers", [(), ("aware",) * 5 + ("shift",)], ids=["unet", "masm"])
+def test_a_patch_of_three_edges_builds(size, mixers):
+    """Shapes alone; the first logits as they are computed, and as voxels."""
+    config = changed("model.mixers", mixers, changed("model.size", size))
+    config.patch = (64, 128, 96)
+    config_lib.validate(config)
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    image = jax.ShapeDtypeStruct((2, len(MODALITIES), 64, 128, 96), jnp.float16)
+    params = abstract_state(network)["params"]
+    for packed, factor in ((False, 1), (True, network.stem)):
+        logits, keep = jax.eval_shape(
+            lambda params, x, packed=packed: network.apply(params, x, deep=True, packed=packed),
+            params,
+            image,
+        )
+        grid = [edge // factor for edge in network.patch]
+        assert logits[0].shape == (2, *grid, factor**3 * len(REGIONS))
+        below = network.stem * SIZES[size].strides[1]
+        assert logits[1].shape == (2, *(edge // below for edge in network.patch), len(REGIONS))
+        assert len(keep) == mixers.count("aware")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -104,7 +129,16 @@ def test_base_stays_within_its_budget(name):
         ("optim.schedule", "step", ("'step'", "cosine, poly, constant")),
         ("total_steps", 0, ("= 0", "1 or more")),
         ("batch_size", -1, ("= -1", "1 or more")),
-        ("patch", 0, ("= 0", "1 or more")),
+        ("patch", 0, ("= 0", "one edge in voxels", "three (D, H, W)")),
+        ("patch", (128, 128), ("= (128, 128)", "three (D, H, W)")),
+        ("patch", (128, 0, 128), ("= (128, 0, 128)", "three (D, H, W)")),
+        ("patch", (128, 96.0, 128), ("= (128, 96.0, 128)", "three (D, H, W)")),
+        ("mesh.data", -1, ("= -1", "0 or more")),
+        ("mesh.spatial", 0, ("= 0", "1 or more")),
+        ("mesh.spatial", 3, ("= 3", "a divisor of 4", "128 deep")),
+        ("accumulate", 0, ("= 0", "1 or more")),
+        ("accumulate", 3, ("= 3", "a divisor of batch_size (8)")),
+        ("model.remat", "all", ("'all'", "none, blocks, full")),
         ("seed", -1, ("= -1", "0 to ")),
         ("seed", 2**32, ("= 4294967296", "0 to ")),
         ("infer.batch", 0, ("= 0", "1 or more")),
@@ -148,12 +182,13 @@ def test_a_fault_is_named_with_value_and_expectation(key, value, words):
         ("base", 120, ("a multiple of 32", "the nearest is 128")),
         ("tiny", 8, ("a multiple of 16", "the nearest is 16")),
         ("tiny", 41, ("a multiple of 16", "the nearest is 48")),
+        ("base", (120, 128, 200), ("a multiple of 32", "the nearest is (128, 128, 192)")),
     ],
 )
 def test_a_patch_that_does_not_fit_names_the_nearest(size, patch, words):
     config = changed("model.size", size)
     config.patch = patch
-    with pytest.raises(ValueError, match=f"config.patch = {patch}") as caught:
+    with pytest.raises(ValueError, match=re.escape(f"config.patch = {patch}")) as caught:
         config_lib.validate(config)
     for word in words:
         assert word in str(caught.value)
@@ -236,9 +271,10 @@ def test_tuned_values_are_taken_unless_set(tmp_path):
 # ---------------------------------------------------------------- JSON and changes
 
 
-@pytest.mark.parametrize("key", [None, "model.mixers", "model.mosaic", "infer.flips"])
+@pytest.mark.parametrize("key", [None, "patch", "model.mixers", "model.mosaic", "infer.flips"])
 def test_the_way_through_json_keeps_the_network(key, tmp_path):
     values = {"model.mixers": (), "model.mosaic": [[0, 1], [2, 3]], "infer.flips": (0, 2)}
+    values["patch"] = (48, 32, 64)
     config = masm_demo.get_config()
     config.model.mixers = ("aware", "concat", "concat", "concat", "concat", "shift")
     if key:
@@ -292,6 +328,7 @@ def test_what_is_free_to_change_is_not_listed():
     new = json.loads(json.dumps(old))
     new["stop_at_step"] = 7
     new["data"] |= {"records": "/elsewhere", "workers": 4}
+    new["mesh"] = {"data": 2, "spatial": 4}
     for section in ("log", "infer"):
         new[section] = dict.fromkeys(new[section], "other")
     assert config_lib.differences(old, new) == []

@@ -44,7 +44,8 @@ def run(make_config, tmp_path_factory):
     meta = {"modalities": MODALITIES, "regions": REGIONS, "spacing": 8.0}
     checkpoints = Checkpoints(workdir)
     for step, dice in ((1, 0.9), (2, 0.1)):
-        state = init_state(network, jax.device_put(params)) | {"ema": noisy(params, step)}
+        average = jax.device_put(noisy(params, step))
+        state = init_state(network, jax.device_put(params)) | {"ema": average}
         checkpoints.save(step, state, dice=dice, meta=meta | {"dice": dice})
     checkpoints.close()
     return workdir

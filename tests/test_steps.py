@@ -209,10 +209,31 @@ def test_bfloat16_is_close_to_float32(mixed, make_config, quick_jit):
 # ---------------------------------------------------------------- evaluation
 
 
+def test_evaluation_on_packed_logits_counts_the_voxels(make_config, quick_jit):
+    """The sums of ``eval_step`` against masks of what ``segment_step`` gives, by NumPy."""
+    network = Network(
+        mixed_config(make_config, patch=(32, 16, 16)), modalities=MODALITIES, regions=REGIONS
+    )
+    params = broken_zero(network.init(0))
+    for head in params["decoder"]["heads"].values():
+        head["bias"] = np.zeros_like(head["bias"])  # of either mind
+    data = batch(2, depth=32)
+    predicted = np.asarray(quick_jit(segment_step(network))(params, data["image"])) > 0
+    reference = np.stack([np.isin(data["label"], values) for values in REGIONS.values()], -1)
+    sums = quick_jit(eval_step(network))(params, data)
+    overlap = (predicted & reference).sum((0, 1, 2, 3))
+    assert (overlap > 0).all()
+    total = predicted.sum((0, 1, 2, 3)) + reference.sum((0, 1, 2, 3))
+    # A logit of two compilations may lie on either side of zero.
+    np.testing.assert_allclose(sums["overlap"], overlap, rtol=1e-3)
+    np.testing.assert_allclose(sums["total"], total, rtol=1e-3)
+
+
 class Fixed:
     """A network whose logits are the first two modalities."""
 
     regions = {"outer": (1, 2), "inner": (2,)}
+    mesh, stem = None, 1
 
     def apply(self, params, x, **_):
         return [jnp.moveaxis(x[:, :2], 1, -1).astype(jnp.float32) * params], {}
@@ -269,13 +290,13 @@ def test_a_region_neither_there_nor_predicted_counts_as_one():
 
 
 def test_segmenting_is_the_training_network_without_noise(make_config, quick_jit):
-    config = mixed_config(make_config)
+    config = mixed_config(make_config, patch=(32, 16, 16))
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = broken_zero(network.init(0))
-    image = batch(2)["image"]
+    image = batch(2, depth=32)["image"]
     segment = quick_jit(segment_step(network))
     logits = segment(params, image)
-    assert logits.shape == (2, 16, 16, 16, 3) and logits.dtype == jnp.float32
+    assert logits.shape == (2, 32, 16, 16, 3) and logits.dtype == jnp.float32
     # Examples do not see each other.
     alone = segment(params, np.stack([image[1], image[1]]))
     np.testing.assert_allclose(alone[0], logits[1], rtol=1e-4, atol=1e-5)
@@ -283,20 +304,20 @@ def test_segmenting_is_the_training_network_without_noise(make_config, quick_jit
 
 def test_what_the_mixers_keep_voxel_by_voxel(make_config, quick_jit):
     """Decisions per token, spread over the voxels of the token, by the names of their channels."""
-    config = make_config(**{"model.mixers": MIXED})
+    config = make_config(**{"model.mixers": MIXED, "patch": (32, 16, 16)})
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = network.init(0)
     last = params["mixers"]["level1"]["predictor"]["logits"]
     shape = last["kernel"].shape
     last["bias"] = np.zeros(2, np.float32)  # of either mind
     last["kernel"] = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    tiles = batch(2)["image"].astype(np.float32)
+    tiles = batch(2, depth=32)["image"].astype(np.float32)
     _, keep = quick_jit(network.apply)(params, tiles)
     voxels = np.asarray(quick_jit(keep_step(network))(params, tiles))
     names = keep_names(network)
     assert names == [("level1", name) for name in MODALITIES]
-    assert voxels.shape == (2, 16, 16, 16, 4) and set(np.unique(voxels)) == {-20, 20}
-    size = 16 // keep["level1"].shape[2]
+    assert voxels.shape == (2, 32, 16, 16, 4) and set(np.unique(voxels)) == {-20, 20}
+    size = 32 // keep["level1"].shape[2]
     block = np.ones((size, size, size))
     for channel in range(4):
         expected = np.kron(np.asarray(keep["level1"])[0, channel], block)

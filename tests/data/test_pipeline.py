@@ -78,13 +78,16 @@ def test_shapes_and_types(reference):
     assert batch["case"].shape == (4,) and batch["case"].dtype == np.int32
 
 
-def test_image_and_label_are_cut_at_the_same_place(records, reference):
-    for batch in reference[:3]:
+@pytest.mark.parametrize("patch", [PATCH, (4, 9, 6), [12, 1, 8]])
+def test_image_and_label_are_cut_at_the_same_place(records, patch):
+    edges = (patch,) * 3 if patch == PATCH else tuple(patch)
+    for batch in take(3, records, patch=patch):
+        assert batch["image"].shape == (4, 2, *edges) and batch["label"].shape == (4, *edges)
         for image, label, case in zip(batch["image"], batch["label"], batch["case"]):
             whole = np.asarray(records.image(CASES[case]))
             start = np.argwhere(whole[0] == image[0, 0, 0, 0])
             assert len(start) == 1  # places are unique below 2048 voxels
-            window = tuple(slice(s, s + PATCH) for s in start[0])
+            window = tuple(slice(s, s + edge) for s, edge in zip(start[0], edges))
             np.testing.assert_array_equal(image, whole[(slice(None), *window)])
             np.testing.assert_array_equal(label, records.label(CASES[case])[window])
 
@@ -113,23 +116,30 @@ def test_resume_equals_the_uninterrupted_run(records, reference, step):
     assert_equal(take(8 - step, records, start_step=step), reference[step:])
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
+@pytest.mark.parametrize(
+    "hosts",
+    [
+        [(0, 1, 2, 3)],
+        [(0, 1), (2, 3)],
+        [(0,), (1,), (2,), (3,)],
+        [(0, 3), (1, 2)],  # no blocks: as a mesh may lie over its processes
+        [range(2), range(2), range(2, 4)],  # two hosts share the volumes of a row
+    ],
+)
 @pytest.mark.parametrize("step", [0, 2])
 def test_hosts_together_read_the_batch_of_one_host(records, reference, hosts, step):
-    shares = [
-        take(4, records, start_step=step, process_index=host, process_count=hosts)
-        for host in range(hosts)
-    ]
-    assert shares[0][0]["case"].shape == (4 // hosts,)
-    joined = [
-        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        for parts in zip(*shares)
-    ]
-    assert_equal(joined, reference[step : step + 4])
+    shares = [take(4, records, start_step=step, rows=rows) for rows in hosts]
+    for rows, share in zip(hosts, shares):
+        wanted = [
+            {name: value[list(rows)] for name, value in batch.items()}
+            for batch in reference[step : step + 4]
+        ]
+        assert share[0]["case"].shape == (len(rows),)
+        assert_equal(share, wanted)
 
 
 def test_workers_resume_and_hosts_together(records, reference):
-    (part,) = take(1, records, workers=1, threads=1, start_step=5, process_index=1, process_count=2)
+    (part,) = take(1, records, workers=1, threads=1, start_step=5, rows=(2, 3))
     assert_equal([part], [{name: value[2:] for name, value in reference[5].items()}])
 
 
@@ -149,7 +159,7 @@ def test_far_steps_are_reached_at_once(records):
 # --------------------------------------------------------------------------------------------
 
 
-def starts(records, case, foreground, count, patch=PATCH):
+def starts(records, case, foreground, count, patch=(PATCH,) * 3):
     crop = Crop(records, (case,), patch, foreground)
     shape = records.label(case).shape
     generator = np.random.default_rng(0)
@@ -177,8 +187,9 @@ def corners(tmp_path_factory):
     return write_records(tmp_path_factory.mktemp("corners"), volumes)
 
 
-def test_foreground_crops_are_centred_and_balanced_over_regions(corners):
-    centres = starts(corners, "MIXED", 1.0, 3000, patch=6) + 3
+@pytest.mark.parametrize("patch", [(6, 6, 6), (8, 2, 6)])
+def test_foreground_crops_are_centred_and_balanced_over_regions(corners, patch):
+    centres = starts(corners, "MIXED", 1.0, 3000, patch=patch) + np.array(patch) // 2
     values = corners.label("MIXED")[tuple(np.minimum(centres, 29).T)]
     at_core = np.mean(np.all(centres == (14, 3, 14), axis=1))
     # 25, 25, 25 does not fit a centre: the crop is moved in, so that it ends at the edge
@@ -189,33 +200,41 @@ def test_foreground_crops_are_centred_and_balanced_over_regions(corners):
 
 
 def test_foreground_centres_near_the_edge_are_moved_inside(corners):
-    found = starts(corners, "MIXED", 1.0, 300, patch=16)
-    assert found.min() >= 0 and found.max() == 30 - 16
-    enhancing = np.all(found == 14, axis=1)
-    assert abs(enhancing.mean() - 0.5) < 0.12
+    for patch in ((16, 16, 16), (16, 20, 12)):
+        found = starts(corners, "MIXED", 1.0, 300, patch=patch)
+        assert found.min() >= 0 and (found.max(0) == 30 - np.array(patch)).all()
+        enhancing = np.all(found == 30 - np.array(patch), axis=1)
+        assert abs(enhancing.mean() - 0.5) < 0.12
 
 
 def test_a_third_of_the_crops_are_centred_on_tumour(corners):
-    found = starts(corners, "MIXED", 1 / 3, 3000, patch=2)
+    found = starts(corners, "MIXED", 1 / 3, 3000, patch=(2, 2, 2))
     enhancing = np.mean(np.all(found == 24, axis=1))
     assert abs(enhancing - 1 / 6) < 0.03
 
 
 def test_a_case_without_tumour_is_cut_anywhere(corners):
-    found = starts(corners, "EMPTY", 1.0, 400, patch=26)
+    found = starts(corners, "EMPTY", 1.0, 400, patch=(26, 26, 26))
     assert len(np.unique(found, axis=0)) > 100
 
 
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
-def test_a_smaller_volume_is_centred_and_padded_with_zeros(corners, foreground):
-    crop = Crop(corners, ("SMALL",), 6, foreground)
+@pytest.mark.parametrize(
+    ("patch", "before_and_after"),
+    [((6, 6, 6), ((1, 0), (0, 0), (2, 1))), ((8, 6, 4), ((2, 1), (0, 0), (1, 0)))],
+)
+def test_a_smaller_volume_is_centred_and_padded_with_zeros(
+    corners, foreground, patch, before_and_after
+):
+    crop = Crop(corners, ("SMALL",), patch, foreground)
+    front, _, left = (before for before, _ in before_and_after)
     seen = set()
     for seed in range(20):
         out = crop(0, np.random.default_rng(seed))
-        (place,) = [s for s in range(3) if out["image"][0, 1, 0, 2] == 1 + 3 * s]
+        (place,) = [s for s in range(3) if out["image"][0, front, 0, left] == 1 + 3 * s]
         seen.add(place)
         window = np.asarray(corners.image("SMALL"))[:, :, place : place + 6]
-        expected = np.pad(window, ((0, 0), (1, 0), (0, 0), (2, 1)))  # 5 -> 6, 3 -> 6
+        expected = np.pad(window, ((0, 0), *before_and_after))  # from 5 x 6 x 3
         np.testing.assert_array_equal(out["image"], expected)
         assert out["label"].sum() == 2 * 5 * 6 * 3 and out["label"].dtype == np.uint8
     assert seen == {0, 1, 2}
@@ -259,13 +278,15 @@ def test_grids_that_differ_are_named(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size 6 cannot be shared by 4 hosts.* 8"),
-        ({"batch_size": 0}, "batch_size 0"),
-        ({"process_index": 2, "process_count": 2}, "process_index 2: expected 0 to 1"),
+        ({"rows": ()}, r"rows \(\) of a batch of 4: expected one or more"),
+        ({"batch_size": 0}, "a batch of 0"),
+        ({"rows": (2, 4)}, r"rows \(2, 4\) of a batch of 4: expected .* 0 to 3"),
+        ({"rows": (-1, 0)}, r"rows \(-1, 0\) of a batch of 4: expected .* 0 to 3"),
         ({"cases": ["CASE_00", "CASE_99"]}, "CASE_99 unknown; expected ids out of the 8 records"),
         ({"cases": []}, "none named"),
         ({"seed": -1}, "seed -1"),
-        ({"patch": 0}, "patch 0"),
+        ({"patch": 0}, r"patch \(0, 0, 0\)"),
+        ({"patch": (8, 0, 8)}, r"patch \(8, 0, 8\)"),
         ({"foreground": 1.5}, "foreground 1.5"),
     ],
 )

@@ -3,6 +3,7 @@
 import itertools
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ from masm_jax.data.conventions import REGIONS, region_masks
 from masm_jax.data.pipeline import batches
 from masm_jax.data.preprocess import Record
 from masm_jax.evaluation import validation
+from masm_jax.processes import Solo
 
 CASES = ["A", "B", "C"]
 
@@ -48,6 +50,16 @@ def test_validation_crops_are_the_same_each_time_and_not_those_of_training(recor
     training.close()
 
 
+def test_validation_crops_of_some_rows_and_three_edges(records, make_config):
+    config = make_config(**{"batch_size": 4, "log.patches": 8, "patch": (16, 32, 16)})
+    whole = validation.validation_crops(config, records, CASES)
+    some = validation.validation_crops(config, records, CASES, rows=(1, 2))
+    assert len(whole) == len(some) == 2 and whole[0]["label"].shape == (4, 16, 32, 16)
+    for a, b in zip(whole, some):
+        for name in a:
+            np.testing.assert_array_equal(a[name][1:3], b[name])
+
+
 def test_fewer_crops_than_a_batch_are_one_batch(records, make_config):
     config = make_config(**{"batch_size": 8, "log.patches": 1})
     assert len(validation.validation_crops(config, records, CASES)) == 1
@@ -77,7 +89,8 @@ class Oracle:
 def test_volume_dice_is_the_mean_over_cases(records, tmp_path):
     oracle = Oracle()
     oracle.wrong = np.asarray(records.label("B"))
-    scores = validation.volume_dice(oracle, records, CASES, {"C": tmp_path / "o" / "C.png"})
+    overlays = {"C": tmp_path / "o" / "C.png"}
+    scores = validation.volume_dice(oracle, records, CASES, Solo(), overlays)
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["C.png"]
     for name, values in REGIONS.items():
         voxels = np.isin(oracle.wrong, values).sum()
@@ -86,3 +99,29 @@ def test_volume_dice_is_the_mean_over_cases(records, tmp_path):
     mean = np.mean([scores[f"volume/dice/{name}"] for name in REGIONS])
     assert scores["volume/dice"] == pytest.approx(mean)
     assert set(scores) == {"volume/dice", *(f"volume/dice/{name}" for name in REGIONS)}
+
+
+def test_processes_share_the_cases_and_all_get_the_means(records, monkeypatch):
+    oracle = Oracle()
+    oracle.wrong = np.asarray(records.label("B"))
+    whole = validation.volume_dice(oracle, records, CASES, Solo())
+    shares = {}
+
+    class Together(Solo):
+        """Waits for the other process, as often as it has not come yet."""
+
+        def gather(self, name, value, *, limit=600.0):
+            shares[jax.process_index()] = value
+            if len(shares) < 2:
+                raise TimeoutError
+            return [shares[0], shares[1]]
+
+    def of_process(index):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        return validation.volume_dice(oracle, records, CASES, Together())
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(TimeoutError):
+        of_process(0)
+    assert of_process(1) == of_process(0) == whole
+    assert [sorted(shares[index]) for index in (0, 1)] == [["A", "C"], ["B"]]

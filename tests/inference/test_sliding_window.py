@@ -42,13 +42,15 @@ def test_tiles_reach_both_borders_and_overlap_enough(patch, overlap):
 
 
 def test_gaussian_is_symmetric_and_nowhere_zero():
-    for patch in (1, 8, 15, 64):
+    for patch in ((1,) * 3, (8,) * 3, (15,) * 3, (64,) * 3, (5, 8, 12), (1, 30, 2)):
         weights = gaussian(patch)
-        assert weights.dtype == np.float32 and weights.shape == (patch,) * 3
+        assert weights.dtype == np.float32 and weights.shape == patch
         assert weights.max() == 1 and weights.min() >= np.float32(SMALLEST_WEIGHT)
         assert np.array_equal(weights, weights[::-1, ::-1, ::-1])
-    weights = gaussian(65)  # sigma = 65 / 8 about voxel 32
-    assert weights[32 + 8, 32, 32] == pytest.approx(np.exp(-0.5 * (8 * 8 / 65) ** 2), rel=1e-6)
+    weights = gaussian((65, 65, 33))  # sigma = 65 / 8 about voxel 32, 33 / 8 about voxel 16
+    assert weights[32 + 8, 32, 16] == pytest.approx(np.exp(-0.5 * (8 * 8 / 65) ** 2), rel=1e-6)
+    assert weights[32, 32 - 8, 16] == pytest.approx(np.exp(-0.5 * (8 * 8 / 65) ** 2), rel=1e-6)
+    assert weights[32, 32, 16 + 8] == pytest.approx(np.exp(-0.5 * (8 * 8 / 33) ** 2), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +62,8 @@ def test_gaussian_is_symmetric_and_nowhere_zero():
         ((11, 17, 9), 8, 0.5),  # not divisible
         ((4, 19, 9), 8, 0.25),  # smaller along one axis, larger along another
         ((13, 10, 8), 5, 0.0),
+        ((11, 17, 9), (8, 5, 12), 0.5),  # no cube: tiled along two axes, padded along the third
+        ((16, 3, 9), [4, 6, 9], 0.25),
     ],
 )
 @pytest.mark.parametrize("flips", [(), (1,), (0, 1, 2)])
@@ -119,12 +123,31 @@ def test_overlapping_tiles_are_averaged_with_gaussian_weights():
     image = np.ones((1, 12, 8, 8), np.float32)
     image[:, 8:] = 3
     result = predict(mean, image, patch=8, num_regions=1)[0]
-    weights = gaussian(8)
+    weights = gaussian((8, 8, 8))
     first, second = _sigmoid(np.array(1.0)), _sigmoid(np.array(2.0))
     np.testing.assert_allclose(result[:4], first, atol=1e-6)
     np.testing.assert_allclose(result[8:], second, atol=1e-6)
     a, b = weights[4:], weights[:4]
     np.testing.assert_allclose(result[4:8], (a * first + b * second) / (a + b), atol=1e-6)
+
+
+def test_tiles_of_three_edges_are_weighted_along_each():
+    """The logit is the mean of the tile; along W alone there are two, at 0 and at 2."""
+
+    @jax.jit
+    def mean(tiles):
+        average = tiles[:, 0].mean(axis=(1, 2, 3), keepdims=True)
+        return jnp.broadcast_to(average, (len(tiles), 8, 6, 4))[..., None]
+
+    image = np.ones((1, 8, 6, 6), np.float32)
+    image[..., 4:] = 3
+    for edges in ((8, 6, 4), np.array([8, 6, 4])):
+        result = predict(mean, image, patch=edges, num_regions=1)[0]
+        first, second = _sigmoid(np.array(1.0)), _sigmoid(np.array(2.0))
+        np.testing.assert_allclose(result[..., :2], first, atol=1e-6)
+        np.testing.assert_allclose(result[..., 4:], second, atol=1e-6)
+        a, b = gaussian((8, 6, 4))[..., 2:], gaussian((8, 6, 4))[..., :2]
+        np.testing.assert_allclose(result[..., 2:4], (a * first + b * second) / (a + b), atol=1e-6)
 
 
 def test_compiled_once_for_all_volumes_and_flips():
@@ -224,3 +247,5 @@ def test_what_does_not_fit_is_refused():
         predict(first_two, image[0], patch=8, num_regions=2)
     with pytest.raises(ValueError, match="batch 0"):
         predict(first_two, image, patch=8, num_regions=2, batch=0)
+    with pytest.raises(ValueError, match=r"patch is \(8, 0, 8\)"):
+        predict(first_two, image, patch=(8, 0, 8), num_regions=2)

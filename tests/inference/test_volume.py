@@ -117,7 +117,8 @@ class Fixed:
 def settings(**changes):
     infer = dict(masm_brats.get_config().infer) | {"batch": 2}
     del infer["average"], infer["runs"]
-    return Settings(modalities=MODALITIES, regions=REGIONS, patch=8, **infer | changes)
+    shared = {"modalities": MODALITIES, "regions": REGIONS, "patch": (8, 8, 8)}
+    return Settings(**shared | infer | changes)
 
 
 def image(shape):
@@ -128,10 +129,13 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x.astype(np.float64)))
 
 
-@pytest.mark.parametrize(("devices", "wanted", "batch"), [(1, 2, 2), (4, 2, 4), (4, 5, 8)])
-def test_tiles_are_spread_over_the_devices(devices, wanted, batch):
+@pytest.mark.parametrize(
+    ("devices", "spatial", "wanted", "batch"),
+    [(1, 1, 2, 2), (4, 1, 2, 4), (4, 1, 5, 8), (4, 2, 3, 4), (4, 4, 3, 3)],
+)
+def test_tiles_are_spread_over_the_devices(devices, spatial, wanted, batch):
     network = Fixed()
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices], spatial=spatial)
     segmenter = Segmenter(network, np.float32(1.0), mesh, settings(batch=wanted))
     seen = []
     scan = image((13, 9, 8))
@@ -154,13 +158,14 @@ def test_new_weights_are_taken_without_compiling_again():
     assert len(network.tiles) == 1
 
 
-def test_a_scan_smaller_than_a_tile_lies_in_it_as_in_training():
+@pytest.mark.parametrize("patch", [(8, 8, 8), (12, 9, 6)])
+def test_a_scan_smaller_than_a_tile_lies_in_it_as_in_training(patch):
     scan = image((7, 8, 5))
     label = np.zeros(scan.shape[1:], np.uint8)
     small = types.SimpleNamespace(image=lambda case: scan, label=lambda case: label)
-    crop = Crop(small, ("A",), 8, foreground=0.0)(0, np.random.default_rng(0))
+    crop = Crop(small, ("A",), patch, foreground=0.0)(0, np.random.default_rng(0))
     mesh, tiles = sharding.make_mesh(jax.devices()[:1]), []
-    segmenter = Segmenter(Fixed(), np.float32(1.0), mesh, settings(batch=1))
+    segmenter = Segmenter(Fixed(), np.float32(1.0), mesh, settings(batch=1, patch=patch))
     step, segmenter._step = segmenter._step, lambda params, x: tiles.append(x) or step(params, x)
     segmenter.probabilities(scan)
     np.testing.assert_array_equal(tiles[0][0], crop["image"].astype(np.float32))

@@ -49,6 +49,28 @@ def test_gradient_is_that_of_the_soft_sample(temperature):
     np.testing.assert_allclose(gradient[..., 1], -expected, rtol=2e-4, atol=1e-6)
 
 
+def test_an_example_draws_the_same_whatever_batch_it_is_in():
+    """A key per example of two rows; gradients too."""
+    x = logits(shape=(6, 50))
+    keys = jax.random.split(jax.random.key(1), 3)
+    weight = jax.random.normal(jax.random.key(4), x.shape[:2])
+
+    def value_and_gradient(x, keys, weight):
+        gradient = jax.grad(lambda x: (sample_keep(x, keys, 0.7) * weight).sum())(x)
+        return sample_keep(x, keys, 0.7), gradient
+
+    whole = value_and_gradient(x, keys, weight)
+    for examples in ([0], [1], [2], [2, 0], [1, 2, 0]):
+        rows = np.concatenate([[2 * i, 2 * i + 1] for i in examples])
+        part = value_and_gradient(x[rows], keys[np.array(examples)], weight[rows])
+        for one, other in zip(part, whole):
+            np.testing.assert_array_equal(one, other[rows])
+    alone = sample_keep(x[2:4], keys[1], 0.7)  # one key for a batch is as it was
+    np.testing.assert_array_equal(alone, whole[0][2:4])
+    same = sample_keep(x[:2] * 0, keys[0], 1.0)
+    assert not np.array_equal(same[0], same[1])  # the rows of an example draw apart
+
+
 def test_noise_differs_per_step_under_jit():
     @jax.jit
     def at(step):

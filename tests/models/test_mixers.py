@@ -7,14 +7,44 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
-from masm_jax.models.aware import AwareMixer
+from masm_jax.models.aware import AwareMixer, exchanged
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.init import Initialiser
+from masm_jax.models.layers import depth_to_space, planes, volumes
+from masm_jax.models.masm import together
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.tokens import Tokens
 
-GRID = (2, 2, 2)
-SHAPE = (2, 4, 8, 8, 8, 6)  # patches of 4
+GRID = (2, 3, 2)
+SHAPE = (2, 4, 8, 12, 8, 6)  # patches of 4
+
+
+def fold(x):
+    """(B, M, D, H, W, C) -> planes (M B D, H, W, C), modality slowest."""
+    b, m, d, h, w, c = x.shape
+    return jnp.asarray(x).transpose(1, 0, 2, 3, 4, 5).reshape(m * b * d, h, w, c)
+
+
+def unfold(x, modalities, depth):
+    """The inverse of ``fold``."""
+    return x.reshape(modalities, -1, depth, *x.shape[1:]).swapaxes(0, 1)
+
+
+def mix(mixer, x, *gumbel):
+    """A mixer on (B, M, D, H, W, C): the same of what it returns, and keep where it has it."""
+    result = mixer(fold(x), x.shape[2], *gumbel)
+    if isinstance(result, tuple):
+        return unfold(result[0], *x.shape[1:3]), result[1]
+    return unfold(result, *x.shape[1:3])
+
+
+def test_modalities_are_exchanged_and_put_together_as_by_index():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 6, 7)).astype(np.float32)
+    for source in ([0, 1, 2], [2, 1, 0], [1, 2, 0], [1, 1, 0]):
+        found = unfold(exchanged(fold(x), np.array(source)), 3, 4)
+        np.testing.assert_array_equal(found, x[:, source])
+    beside = np.moveaxis(x, 1, -2).reshape(2 * 4, 5, 6, 3 * 7)  # in the channels, M slower than C
+    np.testing.assert_array_equal(together(fold(x), 3), beside)
 
 
 def aware(pairs=((0, 1), (2, 3)), keep_bias=3.0):
@@ -26,19 +56,19 @@ def aware(pairs=((0, 1), (2, 3)), keep_bias=3.0):
 
 def test_starts_as_nothing():
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    mixed, keep = aware(keep_bias=20.0)(x)
+    mixed, keep = mix(aware(keep_bias=20.0), x)
     assert keep.shape == (2, 4, *GRID) and float(keep.min()) == 1
     np.testing.assert_array_equal(mixed, x)
     shift = ShiftMixer(
         6, 4, GRID, mosaic="bayer3d", modalities=4, width=16, heads=2, depth=2, init=Initialiser(0)
     )
-    np.testing.assert_array_equal(shift(x), x)
+    np.testing.assert_array_equal(mix(shift, x), x)
 
 
 def test_pruned_patches_become_the_partners():
     """Everything pruned: the members of each pair trade places, voxel for voxel."""
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    mixed, keep = aware(keep_bias=-20.0)(x)
+    mixed, keep = mix(aware(keep_bias=-20.0), x)
     assert float(keep.max()) == 0
     np.testing.assert_array_equal(mixed, x[:, np.array([1, 0, 3, 2])])
 
@@ -50,7 +80,7 @@ def test_the_border_of_a_pruned_patch_is_blended(monkeypatch):
     flat = jnp.asarray(keep.reshape(SHAPE[0] * 4, -1))
     monkeypatch.setattr("masm_jax.models.aware.sample_keep", lambda *_: flat)
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    mixed, _ = aware()(x)
+    mixed, _ = mix(aware(), x)
     factor = SHAPE[2] // GRID[0]
     mask = ndimage.zoom(keep[0, 0], factor, order=1, mode="nearest", grid_mode=True)[..., None]
     np.testing.assert_allclose(mixed[:, 0], mask * x[:, 0] + (1 - mask) * x[:, 1], atol=1e-5)
@@ -60,7 +90,7 @@ def test_the_border_of_a_pruned_patch_is_blended(monkeypatch):
 
 def test_a_modality_in_no_pair_passes_through():
     x = jax.random.normal(jax.random.key(0), SHAPE)
-    mixed, keep = aware(pairs=((0, 3),), keep_bias=-20.0)(x)
+    mixed, keep = mix(aware(pairs=((0, 3),), keep_bias=-20.0), x)
     assert keep.shape == (2, 2, *GRID)
     np.testing.assert_array_equal(mixed, x[:, np.array([3, 1, 2, 0])])
 
@@ -74,7 +104,8 @@ def test_gradient_reaches_every_parameter_of_the_mixer():
     x = jax.random.normal(jax.random.key(0), SHAPE)
 
     def loss(params):
-        mixed, _ = nnx.merge(graph, params)(x, jax.random.key(1), 1.0)
+        keys = jax.random.split(jax.random.key(1), len(x))
+        mixed, _ = mix(nnx.merge(graph, params), x, keys, 1.0)
         return (mixed**3).sum()
 
     gradient = nnx.to_pure_dict(jax.grad(loss)(params))
@@ -82,12 +113,28 @@ def test_gradient_reaches_every_parameter_of_the_mixer():
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 
+def test_an_example_is_mixed_the_same_whatever_batch_it_is_in():
+    mixer = aware(keep_bias=0.0)
+    kernel = mixer.tokens.restore.kernel
+    kernel[...] = jax.random.normal(jax.random.key(2), kernel.shape)
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(jax.random.key(0), (3, *SHAPE[1:]))
+    mixed, keep = mix(mixer, x, keys, 0.7)
+    assert 0 < float(keep.mean()) < 1
+    for rows in ([0], [2], [2, 1], [1, 0, 2]):
+        rows = np.array(rows)
+        other, kept = mix(mixer, x[rows], keys[rows], 0.7)
+        np.testing.assert_array_equal(kept, keep[rows])
+        np.testing.assert_allclose(other, mixed[rows], rtol=1e-5, atol=1e-5)
+
+
 def test_pairs_do_not_see_each_other():
     mixer = aware(keep_bias=20.0)
     mixer.tokens.restore.kernel[...] = jnp.ones_like(mixer.tokens.restore.kernel[...])
     x = jax.random.normal(jax.random.key(0), SHAPE)
     changed = x.at[:, 1].add(1.0)
-    difference = np.abs(np.asarray(mixer(changed)[0] - mixer(x)[0])).max((0, 2, 3, 4, 5))
+    difference = np.abs(np.asarray(mix(mixer, changed)[0] - mix(mixer, x)[0]))
+    difference = difference.max((0, 2, 3, 4, 5))
     assert difference[0] > 0 and difference[1] > 0
     np.testing.assert_array_equal(difference[2:], 0)
 
@@ -100,22 +147,24 @@ def test_the_shift_lets_every_modality_see_every_other():
     kernel[...] = jax.random.normal(jax.random.key(2), kernel.shape)
     x = jax.random.normal(jax.random.key(0), SHAPE)
     changed = x.at[:, 2, :4, :4, :4].add(1.0)  # one patch of one modality
-    difference = np.abs(np.asarray(mixer(changed) - mixer(x)))
+    difference = np.abs(np.asarray(mix(mixer, changed) - mix(mixer, x)))
     assert (difference.max((0, 2, 3, 4, 5)) > 0).all()
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_tokens_keep_places(patch):
     """A change in one patch changes one token, and its way back reaches half a cell beyond."""
-    tokens = Tokens(3, 8, patch, (4, 4, 4), 2, init=Initialiser(0))
+    grid = (3, 2, 4)
+    tokens = Tokens(3, 8, patch, grid, 2, init=Initialiser(0))
     tokens.restore.kernel[...] = jax.random.normal(jax.random.key(1), tokens.restore.kernel.shape)
-    edge = 4 * patch
-    x = jax.random.normal(jax.random.key(0), (1, 2, edge, edge, edge, 3))
+    edges = [n * patch for n in grid]
+    x = jax.random.normal(jax.random.key(0), (1, 2, *edges, 3))
     changed = x.at[0, 1, 2 * patch, patch, 3 * patch].add(5.0)
-    before, after = tokens.encode(x), tokens.encode(changed)
+    before, after = (tokens.encode(fold(y), edges[0]) for y in (x, changed))
     moved = np.argwhere(np.asarray(jnp.abs(after - before).max(-1)) > 0)
     assert moved.tolist() == [[0, 1, 2, 1, 3]]
-    voxels = np.asarray(jnp.abs(tokens.modulate(x, after) - tokens.modulate(x, before)).max(-1)) > 0
+    back = [tokens.modulate(fold(x), tokens.cells_of(y)) for y in (before, after)]
+    voxels = np.asarray(jnp.abs(unfold(back[1] - back[0], 2, edges[0])).max(-1)) > 0
     box = np.zeros_like(voxels)
     reach = patch // tokens.cells // 2
     starts = [slice(max(0, i * patch - reach), (i + 1) * patch + reach) for i in (2, 1, 3)]
@@ -125,7 +174,7 @@ def test_tokens_keep_places(patch):
 
 def test_another_grid_is_refused():
     with pytest.raises(ValueError, match="token grid"):
-        aware()(jnp.zeros((1, 4, 16, 16, 16, 6)))
+        mix(aware(), jnp.zeros((1, 4, 16, 16, 16, 6)))
 
 
 def test_the_decoder_starts_without_a_checkerboard():
@@ -134,8 +183,13 @@ def test_the_decoder_starts_without_a_checkerboard():
         (4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0)
     )
     random = np.random.default_rng(0)
-    skips = [random.normal(size=(1, n, n, n, c)) for n, c in ((8, 4), (4, 6), (2, 8))]
-    logits = np.asarray(decoder([jnp.asarray(x, jnp.float32) for x in skips])[0])
-    cells = logits.reshape(8, 2, 8, 2, 8, 2, 3)
-    assert logits.shape == (1, 16, 16, 16, 3) and logits.std() > 0.1
+    skips = []
+    for n, c in ((4, 4), (2, 6), (1, 8)):  # n x 2n x 2n
+        x = random.normal(size=(n, 2 * n, 2 * n, c))
+        skips.append((jnp.asarray(x, jnp.float32), n))
+    packed = decoder(skips)[0]
+    assert packed.shape == (1, 4, 8, 8, 2**3 * 3)
+    logits = np.asarray(volumes(depth_to_space(planes(packed), 2), 8))
+    cells = logits.reshape(4, 2, 8, 2, 8, 2, 3)
+    assert logits.shape == (1, 8, 16, 16, 3) and logits.std() > 0.1
     np.testing.assert_allclose(cells, np.broadcast_to(cells[:, :1, :, :1, :, :1], cells.shape))

@@ -28,11 +28,22 @@ def from_torch(x):
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
+def fold(x):
+    """(B, D, H, W, C) -> planes (B D, H, W, C)."""
+    return jnp.asarray(x).reshape(-1, *x.shape[2:])
+
+
+def unfold(x, batch):
+    """The inverse of ``fold``."""
+    return x.reshape(batch, -1, *x.shape[1:])
+
+
 @pytest.mark.parametrize("lowering", LOWERINGS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [3, 1])
-def test_convolution_and_its_gradients(lowering, stride, size):
-    x, kernel = normal(0, 2, 6, 7, 8, 3), normal(1, size, size, size, 3, 5, scale=0.2)
+@pytest.mark.parametrize("shape", [(6, 7, 8), (5, 4, 9), (1, 6, 4)])
+def test_convolution_and_its_gradients(lowering, stride, size, shape):
+    x, kernel = normal(0, 2, *shape, 3), normal(1, size, size, size, 3, 5, scale=0.2)
     tx = to_torch(x).requires_grad_()
     tk = torch.from_numpy(kernel.transpose(4, 3, 0, 1, 2).copy()).requires_grad_()
     ty = torch.nn.functional.conv3d(tx, tk, stride=stride, padding=size // 2)
@@ -40,7 +51,8 @@ def test_convolution_and_its_gradients(lowering, stride, size):
     (ty * to_torch(weight)).sum().backward()
 
     def loss(x, kernel):
-        y = conv(x, kernel, stride=stride, lowering=lowering)
+        y = conv(fold(x), kernel, depth=shape[0], stride=stride, lowering=lowering)
+        y = unfold(y, 2)
         return (y * weight).sum(), y
 
     (_, y), (gx, gk) = jax.value_and_grad(loss, (0, 1), has_aux=True)(x, kernel)
@@ -57,7 +69,7 @@ def test_conv_norm_block(offset):
     """Convolution, instance norm and leaky ReLU; also where the mean dwarfs the spread."""
     block = layers.ConvNorm(3, 4, init=Initialiser(0), stride=2)
     block.scale[...], block.shift[...] = jnp.asarray(normal(5, 1, 4)), jnp.asarray(normal(6, 1, 4))
-    x = normal(7, 2, 8, 8, 8, 3) + offset
+    x = normal(7, 2, 7, 6, 10, 3) + offset
     norm = torch.nn.InstanceNorm3d(4, affine=True)
     norm.weight.data = torch.from_numpy(np.array(block.scale[...][0]))
     norm.bias.data = torch.from_numpy(np.array(block.shift[...][0]))
@@ -65,26 +77,29 @@ def test_conv_norm_block(offset):
     y = torch.nn.functional.conv3d(to_torch(x), kernel, stride=2, padding=1)
     expected = torch.nn.functional.leaky_relu(norm(y), 0.01)
     tolerance = TOLERANCE if offset == 0 else dict(rtol=1e-3, atol=1e-3)  # float32 of the sums
-    np.testing.assert_allclose(block(jnp.asarray(x)), from_torch(expected), **tolerance)
+    ours = unfold(block(fold(x), 7), 2)
+    np.testing.assert_allclose(ours, from_torch(expected), **tolerance)
 
 
 def test_instance_norm_does_not_cancel():
     """Mean 1000, spread 0.1: E[x^2] - E[x]^2 in float32 would leave noise."""
-    x = 1000 + normal(0, 1, 12, 12, 12, 2, scale=0.1)
-    y = layers.instance_norm(jnp.asarray(x), jnp.ones((1, 1, 1, 1, 2)), jnp.zeros((1, 1, 1, 1, 2)))
+    x = 1000 * np.array([1, -3]).reshape(2, 1, 1, 1, 1) + normal(0, 2, 10, 12, 14, 2, scale=0.1)
+    x = x.astype(np.float32)
+    y = layers.instance_norm(fold(x), jnp.ones((1, 2)), jnp.zeros((1, 2)), 10)
+    y = unfold(y, 2)
     wide = x.astype(np.float64)
-    mean, var = wide.mean((1, 2, 3)), wide.var((1, 2, 3))
+    mean, var = wide.mean((1, 2, 3), keepdims=True), wide.var((1, 2, 3), keepdims=True)
     np.testing.assert_allclose(y, (wide - mean) / np.sqrt(var + 1e-5), atol=5e-3)
 
 
 def test_norm_per_modality():
     block = layers.ConvNorm(2, 3, init=Initialiser(0), groups=2)
-    x = jnp.asarray(normal(1, 4, 4, 4, 4, 2))  # B = 2, M = 2, modality fastest
-    before = block(x)
+    x = fold(normal(1, 4, 3, 4, 5, 2))  # B = 2, M = 2, modality slowest
+    before = unfold(block(x, 3), 4)
     block.shift[...] = block.shift[...].at[1].set(5.0)
-    after = block(x)
-    np.testing.assert_array_equal(before[0::2], after[0::2])
-    assert (np.asarray(after[1::2]) > np.asarray(before[1::2])).all()
+    after = unfold(block(x, 3), 4)
+    np.testing.assert_array_equal(before[:2], after[:2])
+    assert (np.asarray(after[2:]) > np.asarray(before[2:])).all()
 
 
 def test_depth_to_space_is_a_transposed_convolution():
@@ -93,27 +108,41 @@ def test_depth_to_space_is_a_transposed_convolution():
     up = torch.nn.ConvTranspose3d(6, 3, 2, stride=2)
     up.weight.data = torch.from_numpy(kernel.transpose(0, 4, 1, 2, 3).copy())
     up.bias.data = torch.from_numpy(bias)
-    y = layers.depth_to_space(jnp.asarray(x) @ kernel.reshape(6, 24) + np.tile(bias, 8), 2)
-    np.testing.assert_allclose(y, from_torch(up(to_torch(x))), **TOLERANCE)
+    y = layers.depth_to_space(fold(x) @ kernel.reshape(6, 24) + np.tile(bias, 8), 2)
+    np.testing.assert_allclose(unfold(y, 2), from_torch(up(to_torch(x))), **TOLERANCE)
 
 
 def test_space_to_depth_is_the_inverse():
-    x = jnp.asarray(normal(0, 2, 4, 6, 8, 3))
+    x = fold(normal(0, 2, 4, 6, 8, 3))
     np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, 2), 2), x)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_the_stem_is_space_to_depth_to_the_bit(factor, dtype):
+    x = normal(0, 2, 4, 8, 12, 1) * np.logspace(-30, 30, 12, dtype=np.float32)[:, None]
+    x = fold(x).astype(dtype)
+    expected = layers.space_to_depth(x, factor)
+    y = jax.jit(layers.stem, static_argnums=1)(x[..., 0], factor)
+    assert y.dtype == x.dtype and y.shape == expected.shape
+    assert np.asarray(y).tobytes() == np.asarray(expected).tobytes()
+    back = np.asarray(x[..., 0]).reshape(8 // factor, factor, 8 // factor, factor, -1, factor)
+    back = back.transpose(0, 2, 4, 1, 3, 5).reshape(expected.shape)  # by NumPy: (fd, fh, fw)
+    assert np.asarray(y).tobytes() == back.tobytes()
 
 
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_pooling_and_upsampling(factor):
-    x = normal(0, 2, 8, 8, 8, 3)
-    pooled = layers.average_pool(jnp.asarray(x), factor)
+    x = normal(0, 2, 8, 4, 12, 3)
+    pooled = unfold(layers.average_pool(fold(x), factor), 2)
     np.testing.assert_allclose(
         pooled, from_torch(torch.nn.functional.avg_pool3d(to_torch(x), factor)), **TOLERANCE
     )
     smooth = torch.nn.functional.interpolate(
         to_torch(x), scale_factor=factor, mode="trilinear", align_corners=False
     )
-    upsampled = layers.upsample(jnp.asarray(x), factor)
-    np.testing.assert_allclose(upsampled, from_torch(smooth), **TOLERANCE)
+    upsampled = layers.upsample(fold(x), factor, 8)
+    np.testing.assert_allclose(unfold(upsampled, 2), from_torch(smooth), **TOLERANCE)
 
 
 def test_layer_norm():
