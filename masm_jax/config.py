@@ -49,10 +49,12 @@ def validate(config):
     among("optim.schedule", optim.schedule, ("cosine", "poly", "constant"))
     for key in ("total_steps", "batch_size", "accumulate"):
         check(config[key] >= 1, key, config[key], "1 or more")
-    patch = config.patch if isinstance(config.patch, int) else tuple(config.patch)
-    cut = isinstance(patch, int) or len(patch) == 3
+    patch = config.patch
+    if isinstance(patch, list):  # of JSON
+        patch = tuple(patch)
+    given = patch if isinstance(patch, tuple) else (patch,) * 3
     check(
-        cut and all(isinstance(edge, int) and edge >= 1 for edge in edges(patch)),
+        len(given) == 3 and all(isinstance(edge, int) and edge >= 1 for edge in given),
         "patch",
         patch,
         "one edge in voxels, or three (D, H, W)",
