@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from masm_jax import config as config_lib
-from masm_jax import processes, runtime, sharding
+from masm_jax import processes, runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
@@ -35,7 +35,6 @@ from masm_jax.inference.volume import (
     decoding,
     in_scan,
     load_run,
-    restore_run,
 )
 from masm_jax.parallel import in_order
 from masm_jax.steps import keep_names, keep_step
@@ -146,7 +145,7 @@ def evaluate(workdir, output, roll):
             rows=rows,
             lesions=lesions,
             config=config_lib.to_dict(config),
-            kept=_kept(workdir, records, config),
+            kept=_kept(segmenter, records),
         )
         print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
@@ -238,18 +237,15 @@ def _view_spacing(records, cases):
         raise ValueError(f"--report_mb={_REPORT_MB.value}: {error}") from error
 
 
-def _kept(workdir, records, config):
+def _kept(segmenter, records):
     """Function case -> what the Modality-Aware mixers keep of it, or None without such mixers."""
-    if "aware" not in tuple(config.model.mixers):
+    segmenter = getattr(segmenter, "segmenters", [segmenter])[0]  # of several runs the first
+    names = keep_names(segmenter.network)
+    if not names:
         return None
-    mesh = sharding.make_mesh(jax.local_devices())
-    network, params, _ = restore_run(
-        workdir, which=_CHECKPOINT.value, mesh=mesh, given=_SET.value
-    )
-    names = keep_names(network)
     channels = {"/".join(name): () for name in names}
-    settings = dataclasses.replace(Settings.of(network), regions=channels, flips=())
-    keeper = Segmenter(keep_step(network), params, mesh, settings)
+    settings = dataclasses.replace(segmenter.settings, regions=channels, flips=())
+    keeper = segmenter.another(keep_step(segmenter.network), settings)
     return lambda case: dict(zip(names, keeper.probabilities(records.image(case))))
 
 

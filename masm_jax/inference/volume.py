@@ -57,16 +57,21 @@ class Segmenter:
       params: its weights, on the host or on devices.
       mesh: tiles of a batch are spread over its "data" axis, their depth over "spatial".
       settings: the ``Settings``; an attribute that may be exchanged.
+      network: that of the step; None where only a program is there.
     """
 
-    def __init__(self, step, params, mesh, settings):
-        self.settings, self._mesh = settings, mesh
+    def __init__(self, step, params, mesh, settings, network=None):
+        self.settings, self.network, self._mesh = settings, network, mesh
         self._params = jax.device_put(params, sharding.replicated(mesh))
         self._step = jax.jit(step)
 
     def update(self, params):
         """Take other weights; nothing is compiled again."""
         self._params = jax.device_put(params, sharding.replicated(self._mesh))
+
+    def another(self, step, settings):
+        """A Segmenter of another step with the same weights on the same devices."""
+        return Segmenter(step, self._params, self._mesh, settings, self.network)
 
     def probabilities(self, image, progress=None):
         """Region probabilities of one prepared image.
@@ -136,7 +141,7 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
 
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
-    segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network))
+    segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network), network)
     others = []
     for run in network.config.infer.runs:
         alone = [*given, "infer.runs=()"]
