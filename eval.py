@@ -29,8 +29,6 @@ from masm_jax.evaluation import gallery, report, scoring, tables
 from masm_jax.files import as_path
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import (
-    Segmenter,
-    Settings,
     check_task,
     decoding,
     in_scan,
