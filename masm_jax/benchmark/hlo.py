@@ -20,6 +20,7 @@ _BITS = {
     "s2": 2, "u2": 2, "s4": 4, "u4": 4, "f4e2m1fn": 4,
 }  # fmt: skip
 _ARRAY = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?")
+_HOURS = 10**13  # cycles: nothing in a step takes that long
 _NAME = re.compile(r"%([\w.\-]+)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|true_computation|"
                      r"false_computation|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")  # fmt: skip
@@ -103,7 +104,8 @@ class Instruction:
     @property
     def cycles(self):
         """The compiler's own estimate of its duration in clock cycles; 0 where it gives none."""
-        return int(self.attribute(r'"estimated_cycles":"(\d+)"', "0"))
+        cycles = int(self.attribute(r'"estimated_cycles":"(\d+)"', "0"))
+        return cycles if cycles < _HOURS else 0  # of some exchanges it says 2^63 - 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
     python -m masm_jax.benchmark plots FILE.json [FILE.json ...] --output=FOLDER
 
 FOLDER gets, as PNG and SVG: bytes (by kind, every file a bar), scaling (predicted efficiency over
-chips, every file a line), and for each file movers_NAME (its largest instructions).
+chips, every file a line), and for each file movers_NAME (its largest instructions). A table of all
+files, as Markdown, is printed.
 """
 
 import json
@@ -38,8 +39,37 @@ def run(args):
     save(scaling(reports), folder / "scaling")
     for name, report in reports.items():
         save(movers(report, name), folder / f"movers_{name}")
+    print("\n".join(table(reports)))
     print(f"{folder}: bytes, scaling and {len(reports)} of movers, each as .png and .svg")
     return 0
+
+
+def table(reports):
+    """Lines of a Markdown table, a row per report."""
+    heads = (
+        "step", "crops per chip", "peak memory, GB", "GB moved per crop", "padding",
+        "exchanged, MB", "bound, ms", "crops/s per chip, at most", "MFU, at most",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for report in reports.values():
+        run, memory, traffic = report["run"], report["memory"], report["traffic"]
+        crops, bound = run["batch_size"] / run["chips"], report["roofline"]
+        edges = "x".join(map(str, run["patch"]))
+        cut = f", cut over {run['spatial']}" if run["spatial"] > 1 else ""
+        exchanged = sum(kind["bytes"] for kind in report["collectives"].values())
+        cells = (
+            f"{run['size']}, {run['step']}, {run['topology']} ({run['chips']} chips), {edges}{cut}",
+            f"{crops:g}",
+            f"{memory['peak'] / 1e9:.1f} of {memory['usable'] / 1e9:.1f}",
+            f"{traffic['bytes'] / crops / 1e9:.1f}",
+            f"{traffic['padding'] / traffic['bytes']:.0%}",
+            f"{exchanged / 1e6:.0f}",
+            f"{1e3 * bound['seconds']:.0f}, {bound['bound']}",
+            f"{bound['samples_per_second_per_chip']:.1f}",
+            f"{bound['mfu']:.0%}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _read(file):

@@ -56,6 +56,12 @@ def test_lines_and_computations(program):
     assert main["all-reduce-start.1"].calls == ("add",)
 
 
+def test_an_estimate_of_nobody_knows_is_none(program):
+    """Of some exchanges over a mesh of two axes the compiler says 2^63 - 1 cycles."""
+    unknown = program.replace('"estimated_cycles":"1234"', f'"estimated_cycles":"{2**63 - 1}"')
+    assert hlo.parse(unknown).computations["main"]["convolution_fusion"].cycles == 0
+
+
 def test_where_an_operation_was_traced(program):
     module = hlo.parse(program)
     main = module.computations["main"]
