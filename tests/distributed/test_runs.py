@@ -96,10 +96,11 @@ def saved(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
-def assert_same_losses(one, other, relative):
+def assert_same_losses(one, other):
+    """But for the order of sums; six steps let it grow."""
     assert list(one) == list(other)
     for step, values in one.items():
-        assert other[step] == pytest.approx(values, rel=relative, abs=1e-9), step
+        assert other[step] == pytest.approx(values, rel=1e-6, abs=1e-6), step
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_two_processes_stop_and_go_on_as_one(alone, processes, words, command, t
     assert 2 <= stopped < STEPS and list(losses(workdir)) == list(range(1, stopped + 1))
     said = command(*words, f"--workdir={workdir}", "--cpu_devices=2")
     assert f"continuing at step {stopped}" in said.stderr
-    assert_same_losses(losses(alone), losses(workdir), 1e-5)
+    assert_same_losses(losses(alone), losses(workdir))
 
 
 def test_a_killed_process_ends_the_other_and_both_go_on(alone, processes, words, tmp_path):
@@ -140,7 +141,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(alone, processes, words,
     assert "process 1 of 2" in line and "start all processes again" in line
     kept = saved(workdir)[-1]
     assert codes(*processes(*flags)) == [0, 0]
-    assert_same_losses(losses(alone), losses(workdir), 1e-5)
+    assert_same_losses(losses(alone), losses(workdir))
     assert kept >= 2 and saved(workdir)[-1] == STEPS
     numbers = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert sum("volume/dice" in line for line in numbers) == 1  # one process writes
@@ -179,15 +180,16 @@ def test_evaluation_shares_the_cases(alone, processes, command, tmp_path):
     assert predictions == [f"{case}.nii.gz" for case in CASES[2:]]
 
 
-def test_fewer_and_fewer_devices(alone, command, words, tmp_path):
-    """8 -> 2 -> 1 devices; and another cut of the same eight changes no loss."""
+def test_fewer_and_fewer_devices(alone, processes, command, words, tmp_path):
+    """8 devices of one process, 2 of two processes, 1."""
     workdir = tmp_path / "run"
     flags = (*words, f"--workdir={workdir}")
     command(*flags, "--cpu_devices=8", "--config.stop_at_step=2", code=75)
     assert losses(workdir) == {step: losses(alone)[step] for step in (1, 2)}  # to the last bit
-    command(*flags, "--cpu_devices=2", "--config.stop_at_step=4", code=75)
+    two = processes(*flags, "--cpu_devices=1", "--config.stop_at_step=4")
+    assert codes(*two) == [75, 75], [process.said() for process in two]
     command(*flags, "--cpu_devices=1")
-    assert_same_losses(losses(alone), losses(workdir), 1e-5)
+    assert_same_losses(losses(alone), losses(workdir))
 
 
 def test_a_broken_checkpoint_is_named_and_the_one_before_used(alone, command, words, tmp_path):
