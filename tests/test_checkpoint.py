@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, bit by bit and in its types, on any devices."""
 
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 
 from configs import masm_demo
 from masm_jax import optim, sharding
-from masm_jax.checkpoint import Checkpoints, with_sharding
+from masm_jax.checkpoint import Checkpoints, checksums, with_sharding
+from masm_jax.processes import Solo
 
 META = {"modalities": ["t1", "flair"], "regions": {"WT": [1, 2, 3]}, "spacing": 2.0}
 
@@ -78,8 +80,9 @@ def test_what_was_saved_comes_back(open_checkpoints, devices):
     assert again.latest() == 3
     restored, meta = again.restore(3, abstract(state, devices))
     assert_same(state, restored)  # optax's named tuples too, not lists
+    assert again.task() == meta
+    assert meta.pop("checksums") == checksums(state) == checksums(restored)
     assert meta == META | {"dice": 0.25, "step": 3}
-    assert again.meta(3) == meta
     assert all(len(leaf.sharding.device_set) == devices for leaf in jax.tree.leaves(restored))
 
 
@@ -97,6 +100,57 @@ def test_the_state_may_be_donated_once_save_returns(open_checkpoints):
     checkpoints.wait()
     restored, _ = checkpoints.restore(1, target)
     assert_same(expected, restored)
+
+
+def damage(folder, how):
+    """Of a checkpoint: one bit of the largest file, its second half, or all of the state."""
+    if how == "gone":
+        shutil.rmtree(folder / "state")
+        return
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if how == "bit":
+        content[len(content) // 2] ^= 4
+    largest.write_bytes(content if how == "bit" else content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("how", ["bit", "half", "gone"])
+def test_a_broken_one_is_put_aside_and_the_one_before_taken(tmp_path, how):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    save_all(checkpoints, {1: 0.1, 2: 0.2, 3: 0.3})
+    checkpoints.close()
+    damage(tmp_path / "checkpoints" / "3", how)
+    again = Checkpoints(tmp_path, keep=3)
+    step, state, meta = again.restore_newest(abstract(new_state()), Solo(), put_aside=True)
+    assert step == meta["step"] == 2
+    assert_same(state, new_state(2))
+    assert kept(tmp_path) == [1, 2] and (tmp_path / "checkpoints_broken" / "3").is_dir()
+    again.save(3, new_state(3), dice=0.3, meta=META)  # its place is free
+    again.close()
+    assert kept(tmp_path) == [1, 2, 3]
+
+
+def test_nothing_whole_is_an_error_that_changes_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    save_all(checkpoints, {1: 0.1, 2: 0.2})
+    checkpoints.close()
+    for step in (1, 2):
+        damage(tmp_path / "checkpoints" / str(step), "gone")
+    again = Checkpoints(tmp_path, keep=2)
+    with pytest.raises(ValueError, match="no checkpoint is whole: 2: .*; 1: .*another --workdir"):
+        again.restore_newest(abstract(new_state()), Solo(), put_aside=True)
+    again.close()
+    assert kept(tmp_path) == [1, 2]
+
+
+def test_checksums_see_a_bit_and_a_swap():
+    state = {"a": jnp.arange(4.0), "b": jnp.ones(3)}
+    before = checksums(state)
+    swapped = {"a": state["a"][::-1], "b": state["b"]}
+    assert checksums(swapped)["a"] != before["a"] and checksums(swapped)["b"] == before["b"]
+    next_to_two = np.nextafter(np.float32(2), np.float32(3))
+    nudged = {"a": state["a"].at[2].set(next_to_two), "b": state["b"]}
+    assert checksums(nudged)["a"] != before["a"]
 
 
 def test_the_best_and_the_latest_are_kept(open_checkpoints, tmp_path):
