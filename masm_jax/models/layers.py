@@ -53,7 +53,8 @@ def stem(x, factor):
     """``space_to_depth`` of one channel: (f N, f H, f W) -> (N, H, W, f^3).
 
     The last axis, which scans come with, is taken apart by a product with a matrix of ones and
-    zeros: on TPU seven axes at once moved twelve times the bytes.
+    zeros: on TPU seven axes at once moved twelve times the bytes. A voxel that is not finite spoils
+    its row (records and scans are checked before).
     """
     if factor == 1:
         return x[..., None]
