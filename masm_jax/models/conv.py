@@ -81,8 +81,9 @@ def planes_in_lanes(x, channels):
       x: planes.
       channels: the smaller number of them on the two sides of the convolution.
     """
-    if 2 * _padding(x.shape[0]) > _padding(channels):
-        return x  # little to gain: the compiler's choice
+    exported = not isinstance(x.shape[0], int)  # for any number of tiles at once (export.py)
+    if exported or 2 * _padding(x.shape[0]) > _padding(channels):
+        return x  # unknown, or little to gain: the compiler's choice
     return with_layout_constraint(x, Layout(major_to_minor=(1, 2, 3, 0)))
 
 
