@@ -9,8 +9,8 @@ segresnet, or MODULE:FUNCTION (torch_networks.py). All get the same crops, augme
 optimiser, schedule and evaluation; on the CPU, in float32, one run at a time.
 
 minutes:N is wall-clock of training steps: compilation, checkpoints and evaluation are not in it.
-Each network is first timed alone for some steps, and its schedule ends with the steps that fit. Keep
-the machine otherwise idle. steps:N is the same number of steps for all.
+Each network is first timed alone for some steps, and its schedule ends with the steps that fit.
+Keep the machine otherwise idle. steps:N is the same number of steps for all.
 
 Whatever is done is not done again: start the same command to go on, also with more seeds, networks
 or budgets. OUT/BUDGET gets summary.json, table.md, dice.png and dice.svg. Exit codes: 0 done, 1 an
@@ -216,7 +216,7 @@ def _folds(args, output):
         else:
             rules.append(os.path.abspath(rule) if rule.endswith(".json") else rule)
     for rule in rules:
-        records_lib.split(cases, rule)
+        records_lib.split(cases, rule, 0)  # an error already here; the seed is of the config
     if len(rules) == 1:
         return [Fold("", rules[0])]
     return [Fold(f"fold-{number}", rule) for number, rule in enumerate(rules)]

@@ -218,6 +218,8 @@ def _process(words, folder, stop):
     folder.mkdir(parents=True, exist_ok=True)
     # One device for all: the PyTorch networks are trained on the CPU.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    # PyTorch's threads would spin while they wait, on the cores that augmentation needs.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with open(folder / "log.txt", "a") as log:
         log.write(f"$ python {' '.join(words)}\n")
         log.flush()

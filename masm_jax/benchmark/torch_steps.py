@@ -125,8 +125,7 @@ class Trainer:
                 {"params": [p for p in self._parameters if p.ndim > 1], "weight_decay": decayed},
                 {"params": [p for p in self._parameters if p.ndim <= 1], "weight_decay": 0.0},
             ],
-            lr=0.0,
-            fused=True,
+            lr=0.0,  # of the schedule, at each step
         )
         schedule = jax.jit(jax.vmap(optim.learning_rate(config.optim, config.total_steps)))
         self._rates = np.asarray(schedule(jnp.arange(config.total_steps)), np.float64)
