@@ -118,9 +118,14 @@ def train(name, config, workdir):
                 metrics.flush()  # raises on NaN: a broken state is never saved
                 _save(workdir / _CHECKPOINT, step, trainer)
             if stopped:
-                log.info("saved step %d in %s; the same command goes on", step, workdir)
-                return runtime.EXIT_STOPPED
+                break
+        else:
+            stopped = False
+    metrics.flush()
     metrics.close()
+    if stopped:
+        log.info("saved step %d in %s; the same command goes on", step, workdir)
+        return runtime.EXIT_STOPPED
     log.info("done: %d steps in %s", config.total_steps, workdir)
     return 0
 
