@@ -96,9 +96,9 @@ def run(args):
     except Stopped:
         stopped = True
     for budget in budgets:
-        if args.dry_run:
+        if args.dry_run and not stopped:
             print("\n".join(_plan(budget, rates, len(seeds) * len(folds))))
-        else:
+        elif not args.dry_run:
             own = [run for run in runs if run.budget == budget]
             about = {"config": args.config, "set": args.set}
             print("\n".join(accuracy_report.write(study, own, about=about)))

@@ -77,7 +77,7 @@ def write(study, runs, *, about):
 
 def _network(study, runs):
     """What is known of one network: its cost, and what each seed has reached; None: no seed."""
-    seeds, evaluated, example = {}, {}, None
+    seeds, evaluated, leaked, example = {}, {}, set(), None
     for seed in dict.fromkeys(run.seed for run in runs):
         folders = [study.folder(run) for run in runs if run.seed == seed]
         if not all(_evaluated(folder) for folder in folders):
@@ -87,7 +87,9 @@ def _network(study, runs):
             key: values for folder in folders for key, values in compare.read(folder).items()
         }
         rates = [training_rate(folder) for folder in folders]
-        steps = [_read(folder / "eval" / "summary.json")["step"] for folder in folders]
+        summaries = [_read(folder / "eval" / "summary.json") for folder in folders]
+        steps = [summary["step"] for summary in summaries]
+        leaked |= {case for summary in summaries for case in summary.get("trained_on", ())}
         minutes = [step / rate / 60 for step, rate in zip(steps, rates)]
         seeds[seed] = {
             "dice": _means(evaluated[seed]),
@@ -106,6 +108,7 @@ def _network(study, runs):
         "dice": {name: statistics.mean(one[name] for one in dice) for name in dice[0]},
         "seeds": seeds,
         "cases": len({case for case, _ in next(iter(evaluated.values()))}),
+        "trained_on": sorted(leaked),
         "tables": evaluated,
     }
 
@@ -203,6 +206,9 @@ def table(summary):
             _difference(summary["differences"].get(name)),
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    leaked = next(iter(networks.values()))["trained_on"]
+    if leaked:
+        lines += ["", f"**{len(leaked)} of the cases were trained on.**"]
     cases, facts = next(iter(networks.values()))["cases"], summary["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     return [

@@ -194,6 +194,7 @@ def test_equal_minutes_follow_a_calibration(bench, records, tmp_path):
     assert f"{TINY}: " in said and "1 minutes, 1 trainings of each network" in said
     assert not (tmp_path / "minutes-1").exists()
     said = bench(*flags, "--budget=minutes:0.001").stdout
+    assert "**4 of the cases were trained on.**" in said  # they are the same records here
     rate = study.training_rate(tmp_path / "calibration" / TINY.replace(":", "."))
     steps = max(1, int(0.06 * rate))
     assert f"seed 1: {steps} steps" in said
