@@ -42,6 +42,9 @@ def get_config():
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     model.pairs = (("t1", "t1ce"), ("t2", "flair"))  # of the Modality-Aware mixer
     model.mosaic = "bayer3d"  # of the Modality-Shift mixer (models/mosaic.py)
+    # What becomes of pruned patches: replace, the partner's come in their place; mask, they stay,
+    # but nothing attends to them; none: nothing is pruned
+    model.pruning = "replace"
     model.aware_depth = 1  # attention blocks per Modality-Aware mixer
     model.shift_depth = 2  # blocks of the Modality-Shift mixer
     model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
@@ -86,6 +89,8 @@ def get_config():
     infer.overlap = 0.5  # of neighbouring tiles
     infer.batch = 4  # tiles per compiled call
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
+    # Share of the tokens that the Modality-Aware mixers work on, by score (docs/performance.md)
+    infer.token_share = 1.0
     infer.average = 1  # newest checkpoints whose weights are averaged; log.keep must be as many
     infer.runs = ()  # folders of more runs, such as folds: probabilities are averaged with theirs
     infer.threshold = (0.5,)  # on the probability: one for all regions, or one each

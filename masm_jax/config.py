@@ -7,6 +7,7 @@ import ml_collections
 
 from masm_jax.evaluation.lesions import STYLES
 from masm_jax.files import as_path, replacing
+from masm_jax.models.aware import PRUNING
 from masm_jax.models.masm import MIXERS, REMAT, SIZES, divisor, edges
 from masm_jax.models.mosaic import offsets
 
@@ -39,6 +40,7 @@ def validate(config):
     among("model.size", model.size, tuple(SIZES))
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
     among("model.remat", model.remat, REMAT)
+    among("model.pruning", model.pruning, PRUNING)
     check(
         config.batch_size % max(1, config.accumulate) == 0,
         "accumulate",
@@ -79,6 +81,14 @@ def validate(config):
         "infer.average",
         config.infer.average,
         f"1 to log.keep ({log.keep}): no more of the newest checkpoints are kept",
+    )
+    share = config.infer.token_share
+    scored = "aware" in tuple(model.mixers) and model.pruning != "none"
+    check(
+        0 < share <= 1 and (scored or share == 1),
+        "infer.token_share",
+        share,
+        "in (0, 1]" if scored else "1: this model gives tokens no scores to choose by",
     )
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")

@@ -178,16 +178,21 @@ def eval_step(network):
 def segment_step(network):
     """Tiles to logits: (params, (B, M, D, H, W)) -> (B, D, H, W, R) float32."""
 
+    share = network.config.infer.token_share
+
     def local(params, image):
-        return network.apply(params, image)[0][0]
+        return network.apply(params, image, share=share)[0][0]
 
     return spatial.over(network.mesh, local, (IMAGE,), LABEL)
 
 
 def keep_names(network):
-    """(level, modality) of every channel of ``keep_step``; none without Modality-Aware mixers."""
-    members = [modality for pair in network.config.model.pairs for modality in pair]
-    mixers = tuple(network.config.model.mixers)
+    """(level, modality) of every channel of ``keep_step``; none where nothing is pruned."""
+    model = network.config.model
+    if model.pruning == "none":
+        return []
+    members = [modality for pair in model.pairs for modality in pair]
+    mixers = tuple(model.mixers)
     return [
         (f"level{level}", modality)
         for level, mixer in enumerate(mixers, 1) if mixer == "aware"

@@ -152,6 +152,8 @@ def test_base_stays_within_its_budget(name):
         ("stop_at_step", -1, ("= -1", "0 (never)")),
         ("data.foreground", 1.5, ("= 1.5", "[0, 1]")),
         ("infer.overlap", 1.0, ("= 1.0", "[0, 1)")),
+        ("infer.token_share", 0.0, ("= 0.0", "(0, 1]")),
+        ("model.pruning", "drop", ("'drop'", "replace, mask, none")),
         ("infer.threshold", (0.5, 0.0), ("= (0.5, 0.0)", "(0, 1)")),
         ("infer.flips", (0, 3), ("(0, 3)", "axes 0, 1, 2")),
         ("optim.warmup_steps", 100_000, ("= 100000", "total_steps (60000)", "shorten")),
@@ -343,3 +345,11 @@ def test_a_key_that_only_one_of_them_has_is_a_difference():
     new = json.loads(json.dumps(old))
     del new["optim"]["mixer_rate"]
     assert config_lib.differences(old, new) == ["optim.mixer_rate: 1.0 -> None"]
+
+
+@pytest.mark.parametrize("key, value", [("model.pruning", "none"), ("model.mixers", ())])
+def test_no_share_of_tokens_that_have_no_scores(key, value):
+    config = changed("infer.token_share", 0.5)
+    config_lib.validate(config)
+    with pytest.raises(ValueError, match="infer.token_share = 0.5: .* gives tokens no scores"):
+        config_lib.validate(changed(key, value, config))

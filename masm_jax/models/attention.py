@@ -18,27 +18,30 @@ class SelfAttention(nnx.Module):
         self.out = Dense(width, width, init=init)
         self.heads = heads
 
-    def __call__(self, x, keep=None):
+    def __call__(self, x, keep=None, *, cut=False):
         """Every token of an example attends to all of them.
 
         Args:
           x: (B, N, width).
-          keep: (B, N) of 0 and 1; then N may be this device's part of the tokens (spatial.py). None
-            where no token is pruned, and x has them all.
+          keep: (B, N) of 0 and 1; None where no token is pruned.
+          cut: N is this device's part of the tokens, where devices share a volume (spatial.py).
         """
         batch, tokens, width = x.shape
         head = width // self.heads
         qkv = self.qkv(self.norm(x)).reshape(batch, tokens, 3, self.heads, head)
         q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # each (B, heads, N, C)
         q = q * head**-0.5
+        if cut:  # own queries; keys and values of all
+            k, v = spatial.whole(k, 2), spatial.whole(v, 2)
         if keep is None:
             scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
             y = jax.nn.softmax(scores).astype(x.dtype) @ v
         else:
-            # Keys and values of all devices that share the volume, in any order; own queries.
-            rank = jax.lax.axis_index(spatial.AXIS) if spatial.count() > 1 else 0
-            k, v, keep = spatial.whole(k, 2), spatial.whole(v, 2), spatial.whole(keep, 1)
-            y = policy_attention(q, k, v, keep, jnp.arange(tokens) + rank * tokens)
+            own = jnp.arange(tokens)
+            if cut and spatial.count() > 1:
+                own = own + jax.lax.axis_index(spatial.AXIS) * tokens
+                keep = spatial.whole(keep, 1)
+            y = policy_attention(q, k, v, keep, own)
         return x + self.out(y.swapaxes(1, 2).reshape(batch, tokens, width))
 
 

@@ -13,8 +13,10 @@ from flax import nnx
 from masm_jax.models import spatial
 from masm_jax.models.attention import MLP, SelfAttention
 from masm_jax.models.layers import Dense, LayerNorm, upsample
-from masm_jax.models.masking import sample_keep
+from masm_jax.models.masking import highest, sample_keep
 from masm_jax.models.tokens import Tokens
+
+PRUNING = ("replace", "mask", "none")
 
 
 class Predictor(nnx.Module):
@@ -50,18 +52,33 @@ class AwareMixer(nnx.Module):
       modalities: M.
       width, heads, depth: of the attention blocks.
       keep_bias: start of the predictor, as a logit.
+      pruning: "replace": pruned patches become the partner's, and their tokens are no keys; "mask":
+        they are no keys, but stay; "none": nothing is pruned, and there is no predictor.
     """
 
     def __init__(
-        self, channels, patch, grid, *, pairs, modalities, width, heads, depth, keep_bias, init
+        self,
+        channels,
+        patch,
+        grid,
+        *,
+        pairs,
+        modalities,
+        width,
+        heads,
+        depth,
+        keep_bias,
+        init,
+        pruning="replace",
     ):
-        self.pairs = tuple(tuple(pair) for pair in pairs)
+        self.pairs, self.pruning = tuple(tuple(pair) for pair in pairs), pruning
         self.tokens = Tokens(channels, width, patch, grid, modalities, init=init)
-        self.predictor = Predictor(width, init=init, bias=keep_bias)
+        if pruning != "none":
+            self.predictor = Predictor(width, init=init, bias=keep_bias)
         self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 
-    def __call__(self, x, depth, key=None, temperature=1.0, noise=1.0):
+    def __call__(self, x, depth, key=None, temperature=1.0, noise=1.0, share=1.0):
         """Mix the pairs.
 
         Args:
@@ -70,36 +87,64 @@ class AwareMixer(nnx.Module):
           key: (B,) PRNG keys while training, None otherwise.
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
+          share: of the tokens of a pair (of this device, where several share a volume), those that
+            are worked on; the others, of the lowest scores, attend to nothing and are no keys.
 
         Returns:
           mixed features like ``x``, and keep (B, M', d, h, w) float32 of 0 and 1, where M' runs
-          over the modalities of the pairs in their order.
+          over the modalities of the pairs in their order; None where nothing is pruned.
         """
         modalities = len(self.tokens.modality[...])
         members = np.array(self.pairs).reshape(-1)  # a0 b0 a1 b1 ...
-        partners = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)
         tokens = _pick(self.tokens.encode(x, depth), members)
         batch, count, *grid, width = tokens.shape
-        flat = tokens.reshape(batch * count, -1, width)
-        keep = sample_keep(self.predictor(flat), key, temperature, noise)
-        keep = keep.reshape(batch, count, *grid)
+        pairs = batch * len(self.pairs)
+        if self.pruning == "none":
+            done, keep = self._attend(tokens.reshape(pairs, -1, width)), None
+        else:
+            logits = self.predictor(tokens.reshape(batch * count, -1, width))
+            keep = sample_keep(logits, key, temperature, noise).reshape(batch, count, *grid)
+            if self.pruning == "replace":
+                x, tokens = self._replaced(x, tokens, keep, members, modalities)
+            flat, pair_keep = tokens.reshape(pairs, -1, width), keep.reshape(pairs, -1)
+            if share < 1:
+                scores = (logits[..., 0] - logits[..., 1]).reshape(pairs, -1)
+                done = self._attend_some(flat, pair_keep, scores, share)
+            else:
+                done = self._attend(flat, pair_keep)
+        cells = self.tokens.cells_of(done.reshape(tokens.shape))
+        cells = _spread(cells, members, modalities, 0.0)  # no gate, no shift where there is no pair
+        return self.tokens.modulate(x, cells), keep
 
+    def _replaced(self, x, tokens, keep, members, modalities):
+        """Features and tokens, the pruned ones become the partner's."""
         # Blended across the border of a patch: a hard border shows in the segmentation.
         mask = _spread(keep, members, modalities, 1.0).swapaxes(0, 1)
-        mask = upsample(mask.reshape(-1, *grid[1:], 1), self.tokens.patch, grid[0])
+        mask = upsample(mask.reshape(-1, *mask.shape[3:], 1), self.tokens.patch, mask.shape[2])
         source = np.arange(modalities)
-        source[members] = partners
-        mixed = _replace(x, exchanged(x, source), mask)
+        source[members] = np.array([pair[::-1] for pair in self.pairs]).reshape(-1)
+        batch, _, *grid, width = tokens.shape
         swapped = tokens.reshape(batch, -1, 2, *grid, width)[:, :, ::-1].reshape(tokens.shape)
-        tokens = _replace(tokens, swapped, keep[..., None])
+        return _replace(x, exchanged(x, source), mask), _replace(tokens, swapped, keep[..., None])
 
-        pair_tokens = tokens.reshape(batch * len(self.pairs), -1, width)
-        pair_keep = keep.reshape(batch * len(self.pairs), -1)
+    def _attend(self, tokens, keep=None):
+        """(B, N, width), the tokens of a pair, the one modality after the other -> the same."""
         for attention, mlp in zip(self.attention, self.mlp):
-            pair_tokens = mlp(attention(pair_tokens, pair_keep))
-        cells = self.tokens.cells_of(pair_tokens.reshape(tokens.shape))
-        cells = _spread(cells, members, modalities, 0.0)  # no gate, no shift where there is no pair
-        return self.tokens.modulate(mixed, cells), keep
+            tokens = mlp(attention(tokens, keep, cut=True))
+        return tokens
+
+    def _attend_some(self, tokens, keep, scores, share):
+        """``_attend`` with those of the highest scores alone, the others left as they are."""
+        places, rows = highest(scores, share), np.arange(len(tokens))[:, None]
+        some = self._attend(tokens[rows, places], keep[rows, places])
+        done = tokens.at[rows, places].set(some, unique_indices=True)
+        if self.pruning == "mask":
+            return done
+        worked = jnp.zeros(keep.shape, bool).at[rows, places].set(True, unique_indices=True)
+        # A replaced token is its partner's: so is what comes of it, where that was worked on.
+        partner, known = (jnp.roll(part, part.shape[1] // 2, axis=1) for part in (done, worked))
+        borrowed = ~worked & known & (keep == 0)
+        return jnp.where(borrowed[..., None], partner, done)
 
 
 def _replace(own, other, keep):

@@ -12,6 +12,7 @@ from masm_jax.models import spatial
 from masm_jax.models.conv import conv
 
 LEAKY_SLOPE = 0.01
+RESAMPLE = "resample"  # scope of products with fixed matrices, which stand for moves of voxels
 
 
 def planes(x):
@@ -49,11 +50,13 @@ def space_to_depth(x, factor):
     return x.reshape(n // factor, h // factor, w // factor, factor**3 * c)
 
 
+@jax.named_scope(RESAMPLE)
 def stem(x, factor):
     """``space_to_depth`` of one channel: (f N, f H, f W) -> (N, H, W, f^3).
 
     The last axis, which scans come with, is taken apart by a product with a matrix of ones and
-    zeros: on TPU seven axes at once moved twelve times the bytes.
+    zeros: on TPU seven axes at once moved twelve times the bytes. A voxel that is not finite spoils
+    its row (records and scans are checked before).
     """
     if factor == 1:
         return x[..., None]
@@ -68,6 +71,7 @@ def stem(x, factor):
     return y.reshape(n, h, w, factor**3)
 
 
+@jax.named_scope(RESAMPLE)
 def upsample(x, factor, depth):
     """Trilinear upsampling by a whole factor, PyTorch's align_corners=False.
 

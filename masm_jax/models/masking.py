@@ -5,6 +5,8 @@ builds on. Here a pruned token is not dropped but replaced by the aligned modali
 (models/aware.py).
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -41,6 +43,20 @@ def sample_keep(logits, key, temperature, noise=1.0):
     soft = jax.nn.sigmoid(noisy / temperature)
     hard = (noisy >= 0).astype(jnp.float32)
     return hard + soft - jax.lax.stop_gradient(soft)
+
+
+def highest(scores, share):
+    """Places of the highest scores, as many as ``share`` of all, at least one; a static shape.
+
+    Args:
+      scores: (B, N).
+      share: in (0, 1].
+
+    Returns:
+      (B, ceil(share N)) ints, ascending. Of equal scores the first count.
+    """
+    count = max(1, math.ceil(share * scores.shape[1] - 1e-9))
+    return jnp.sort(jax.lax.top_k(scores, count)[1], axis=-1)
 
 
 def policy_softmax(scores, keep, eps=_EPS, own=None):

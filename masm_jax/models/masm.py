@@ -125,6 +125,7 @@ class MASM(nnx.Module):
                     pairs=pairs,
                     depth=model.aware_depth,
                     keep_bias=model.keep_bias,
+                    pruning=model.pruning,
                     **shared,
                 )
             elif name == "shift":
@@ -147,7 +148,9 @@ class MASM(nnx.Module):
             init=init,
         )
 
-    def __call__(self, x, *, key=None, temperature=1.0, noise=1.0, deep=False, packed=False):
+    def __call__(
+        self, x, *, key=None, temperature=1.0, noise=1.0, deep=False, packed=False, share=1.0
+    ):
         """Segment.
 
         Args:
@@ -156,6 +159,7 @@ class MASM(nnx.Module):
           temperature: of the Gumbel-Softmax.
           noise: scale of its noise.
           deep: also return the logits of the lower levels.
+          share: of the tokens that the Modality-Aware mixers work on, by score.
           packed: leave the first logits (B, D / s, H / s, W / s, s^3 R), s the stem, as computed.
 
         Returns:
@@ -163,7 +167,7 @@ class MASM(nnx.Module):
             levels 2, 3, ...
           keep: {"level1": (B, M', d, h, w) of 0 and 1, ...} of the Modality-Aware levels.
         """
-        run = functools.partial(self._run, deep=deep)
+        run = functools.partial(self._run, deep=deep, share=share)
         if self.remat == "blocks":
             policy = jax.checkpoint_policies.save_only_these_names(CONV)
             run = jax.checkpoint(run, policy=policy)
@@ -173,7 +177,7 @@ class MASM(nnx.Module):
             logits[0] = volumes(unpacked, x.shape[2])
         return logits, keep
 
-    def _run(self, x, key, temperature, noise, deep):
+    def _run(self, x, key, temperature, noise, deep, share):
         wrap = jax.checkpoint if self.remat == "full" else lambda block: block
         batch, modalities, depth = x.shape[:3]
         # Modality slowest: what belongs to one is then a block of planes.
@@ -190,10 +194,10 @@ class MASM(nnx.Module):
                     level_key = None
                     if key is not None:
                         level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
-                    mixer = wrap(functools.partial(self.mixers[_key(level)], depth=depth))
-                    x, keep[_key(level)] = mixer(
-                        x, key=level_key, temperature=temperature, noise=noise
-                    )
+                    mixer = functools.partial(self.mixers[_key(level)], depth=depth, share=share)
+                    x, kept = wrap(mixer)(x, key=level_key, temperature=temperature, noise=noise)
+                    if kept is not None:
+                        keep[_key(level)] = kept
                 elif name == "shift":
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x)
                 skips.append((self.fuse[level](together(x, modalities)), depth))

@@ -6,10 +6,13 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from masm_jax import sharding
 from masm_jax.models import conv as conv_lib
 from masm_jax.models import layers, spatial
+from masm_jax.models.attention import SelfAttention
+from masm_jax.models.init import Initialiser
 from tests.test_steps import MIXED, batch, by_path, prepare
 
 DEPTH = 128  # the lowest level then has 8 planes, one for each device
@@ -157,3 +160,19 @@ def test_upsampling_and_norm_across_the_cut(factor):
         whole = function(ones, x)
         cut = jax.jit(spatial.over(mesh, function, (planes,), planes))(ones, x)
         np.testing.assert_allclose(cut, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_across_the_cut(masked):
+    """Own queries, keys of all devices; a pruned token is a key to itself alone."""
+    mesh = sharding.make_mesh(spatial=4)
+    graph, params = nnx.split(SelfAttention(16, 4, init=Initialiser(0)))
+    x = jax.random.normal(jax.random.key(0), (2, 24, 16))
+    keep = np.float32(np.random.default_rng(0).random((2, 24)) > 0.5)
+
+    def attended(params, x, keep):
+        return nnx.merge(graph, params)(x, keep if masked else None, cut=True)
+
+    planes = jax.P("data", "spatial")
+    cut = jax.jit(spatial.over(mesh, attended, (planes, planes), planes))(params, x, keep)
+    np.testing.assert_allclose(cut, attended(params, x, keep), rtol=1e-5, atol=1e-5)

@@ -193,3 +193,90 @@ def test_the_decoder_starts_without_a_checkerboard():
     cells = logits.reshape(4, 2, 8, 2, 8, 2, 3)
     assert logits.shape == (1, 8, 16, 16, 3) and logits.std() > 0.1
     np.testing.assert_allclose(cells, np.broadcast_to(cells[:, :1, :, :1, :, :1], cells.shape))
+
+
+def spread_out(mixer, seed=2):
+    """Gates that do something, and scores of both signs that differ from token to token."""
+    for place, param in enumerate((mixer.tokens.restore.kernel, mixer.predictor.logits.kernel)):
+        param[...] = jax.random.normal(jax.random.key(seed + place), param[...].shape)
+    return mixer
+
+
+def shared(mixer, x, share):
+    mixed, keep = mixer(fold(x), x.shape[2], share=share)
+    return unfold(mixed, *x.shape[1:3]), keep
+
+
+def test_a_share_of_all_tokens_is_the_dense_result():
+    """By way of the places of all, too: one under the share that leaves one out."""
+    mixer = spread_out(aware(keep_bias=0.0))
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    dense, keep = mix(mixer, x)
+    assert 0.2 < float(keep.mean()) < 0.9
+    np.testing.assert_array_equal(shared(mixer, x, 1.0)[0], dense)
+    tokens = 2 * np.prod(GRID)
+    almost = 1 - 0.5 / tokens  # ceil: all of them, but gathered and scattered
+    mixed, same = shared(mixer, x, almost)
+    np.testing.assert_allclose(mixed, dense, atol=2e-5)
+    np.testing.assert_array_equal(same, keep)
+
+
+@pytest.mark.parametrize("pruning", ["replace", "mask"])
+def test_a_share_of_the_tokens(pruning):
+    """By hand, with NumPy's choice: what is left out stays, or is what became of its partner."""
+    mixer = AwareMixer(
+        6, 4, GRID, pairs=((0, 1),), modalities=2, width=16, heads=2, depth=2, keep_bias=0.0,
+        pruning=pruning, init=Initialiser(0),
+    )  # fmt: skip
+    spread_out(mixer)
+    batch, count = 3, int(np.prod(GRID))
+    rng = np.random.default_rng(0)
+    tokens = rng.normal(size=(batch, 2 * count, 16)).astype(np.float32)
+    scores = rng.normal(size=(batch, 2 * count)).astype(np.float32)
+    keep = (scores >= 0).astype(np.float32)
+    if pruning == "replace":
+        other = np.roll(tokens, count, axis=1)
+        tokens = np.where(keep[..., None] == 1, tokens, other)
+    found = mixer._attend_some(jnp.asarray(tokens), jnp.asarray(keep), jnp.asarray(scores), 0.3)
+    number = -(-3 * 2 * count // 10)
+    for row in range(batch):
+        chosen = np.sort(np.argsort(-scores[row])[:number])
+        some = mixer._attend(
+            jnp.asarray(tokens[row : row + 1, chosen]), jnp.asarray(keep[row : row + 1, chosen])
+        )[0]
+        expected = tokens[row].copy()
+        expected[chosen] = some
+        if pruning == "replace":
+            done = expected.copy()
+            for place in set(range(2 * count)) - set(chosen):
+                partner = (place + count) % (2 * count)
+                if keep[row, place] == 0 and partner in chosen:
+                    expected[place] = done[partner]
+        np.testing.assert_allclose(found[row], expected, atol=1e-5)
+
+
+def test_masks_alone_leave_the_features():
+    """pruning="mask": nothing is replaced, and pruned tokens are no keys."""
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    options = dict(pairs=((0, 1), (2, 3)), modalities=4, width=16, heads=2, depth=1)
+    masked = AwareMixer(6, 4, GRID, **options, keep_bias=-20.0, pruning="mask", init=Initialiser(0))
+    mixed, keep = mix(masked, x)
+    assert float(keep.max()) == 0
+    np.testing.assert_array_equal(mixed, x)
+
+
+def test_without_pruning_there_is_no_predictor_and_the_rest_is_the_same():
+    """As with a predictor that keeps everything, but for the policy's 1e-6."""
+    x = jax.random.normal(jax.random.key(0), SHAPE)
+    kept = spread_out(aware(keep_bias=0.0))
+    kept.predictor.logits.kernel[...] *= 0
+    kept.predictor.logits.bias[...] = jnp.array([20.0, -20.0])
+    free = AwareMixer(
+        6, 4, GRID, pairs=((0, 1), (2, 3)), modalities=4, width=16, heads=2, depth=1,
+        keep_bias=0.0, pruning="none", init=Initialiser(0),
+    )  # fmt: skip
+    assert not hasattr(free, "predictor")
+    nnx.update(free, {k: v for k, v in nnx.state(kept).items() if k != "predictor"})
+    mixed, keep = mix(free, x)
+    assert keep is None
+    np.testing.assert_allclose(mixed, mix(kept, x)[0], atol=1e-4)

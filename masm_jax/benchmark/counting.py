@@ -1,0 +1,127 @@
+"""Multiply-accumulates of a JAX function, counted in its jaxpr.
+
+One rule, that of PyTorch's ``FlopCounterMode``, so that networks of both frameworks can be
+compared: convolutions and matrix products count, padding included; norms, activations, softmax,
+pooling and resampling do not. XLA's ``cost_analysis`` counts otherwise: everything, but no taps
+that fall on padding, and the body of a loop once.
+
+A convolution that is computed as several 2-D ones, or by its transpose on the way back, costs what
+the 3-D one costs. ``RESAMPLE`` names the scope in which a matrix product is only our way to move or
+interpolate voxels, which the other framework does by indexing; it is counted apart.
+"""
+
+import collections
+import math
+
+import jax
+from jax.extend import core as jex
+
+from masm_jax.models.layers import RESAMPLE
+
+
+def macs(function, *arguments):
+    """Count a function.
+
+    Args:
+      function: traceable by JAX.
+      arguments: arrays or ShapeDtypeStructs, or trees of them.
+
+    Returns:
+      Counter of MACs: "conv", "matmul", and "resample" of products that only move voxels.
+
+    Raises:
+      ValueError: a loop whose length depends on values.
+    """
+    counts = collections.Counter()
+    _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1, "", counts, None)
+    return counts
+
+
+def total(counts):
+    """MACs by the rule that both frameworks share."""
+    return counts["conv"] + counts["matmul"]
+
+
+def by_scope(function, *arguments):
+    """The same by name scopes: {scope: MACs}, without what only moves voxels."""
+    scopes = collections.Counter()
+    _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1, "", collections.Counter(), scopes)
+    return scopes
+
+
+def _count(jaxpr, times, outer, counts, scopes):
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        scope = "/".join(part for part in (outer, str(eqn.source_info.name_stack)) if part)
+        if name in _PRODUCTS:
+            kind, product = _PRODUCTS[name]
+            number = times * product(eqn)
+            moved = RESAMPLE in scope
+            counts["resample" if moved else kind] += number
+            if scopes is not None and not moved:
+                scopes[scope] += number
+        elif name == "cond":
+            _count_branches(eqn, times, scope, counts, scopes)
+        elif name == "while":
+            inner = collections.Counter()
+            for part in ("cond_jaxpr", "body_jaxpr"):
+                _count(eqn.params[part].jaxpr, 1, scope, inner, None)
+            if inner:
+                raise ValueError(
+                    f"a while loop around {dict(inner)} MACs in {scope or 'the function'}: how "
+                    f"often it runs is not known before; use lax.scan"
+                )
+        else:
+            inside = times
+            if name == "scan":
+                inside *= eqn.params["length"]
+            elif name == "shard_map":
+                inside *= eqn.params["mesh"].size
+            for inner in _jaxprs(eqn.params):
+                _count(inner, inside, scope, counts, scopes)
+
+
+def _count_branches(eqn, times, scope, counts, scopes):
+    """Of the branches of a condition, the one that costs most."""
+    found = []
+    for branch in eqn.params["branches"]:
+        one, places = collections.Counter(), collections.Counter()
+        _count(branch.jaxpr, times, scope, one, places)
+        found.append((one.total(), one, places))
+    _, one, places = max(found, key=lambda branch: branch[0])
+    counts.update(one)
+    if scopes is not None:
+        scopes.update(places)
+
+
+def _jaxprs(params):
+    """The jaxprs that an equation runs: of jit, scan, remat, custom rules, shard_map, ..."""
+    for value in params.values():
+        if isinstance(value, jex.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, jex.Jaxpr):
+            yield value
+
+
+def _conv(eqn):
+    """Places of the result x taps of the kernel x channels in.
+
+    Of an input with zeros between its voxels, as the way back of a strided convolution has it, one
+    tap in ``lhs_dilation`` meets a voxel. Where the kernel is the gradient of a strided convolution
+    its dilation is no work.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    result, kernel = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
+    _, channels, *spatial = numbers.rhs_spec
+    taps = math.prod(kernel[axis] for axis in spatial) * kernel[channels]
+    return math.prod(result) * taps // math.prod(eqn.params["lhs_dilation"])
+
+
+def _dot(eqn):
+    """Elements of the result x length of the sums."""
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    return math.prod(eqn.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+_PRODUCTS = {"conv_general_dilated": ("conv", _conv), "dot_general": ("matmul", _dot)}

@@ -1,0 +1,142 @@
+"""Multiply-accumulates, against values by hand and PyTorch's counter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from masm_jax import sharding
+from masm_jax.benchmark import counting
+from masm_jax.models import conv as conv_lib
+from masm_jax.models import layers, spatial
+
+
+def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def of(function, *arguments):
+    return counting.total(counting.macs(function, *arguments))
+
+
+PRODUCT = (shape(3, 5), shape(5, 7))  # 105
+CONV = (shape(2 * 6, 8, 10, 3), shape(3, 3, 3, 3, 4))  # planes of 2 volumes, 6 deep
+VOXELS = 2 * 6 * 8 * 10
+
+
+def matmul(x, y):
+    return x @ y
+
+
+def squashed(x, y):
+    return jnp.tanh(x @ y)
+
+
+def in_scan(x, y):
+    return jax.lax.scan(lambda carry, _: (carry + (x @ y).sum(), None), 0.0, None, length=4)[0]
+
+
+def in_cond(x, y):
+    return jax.lax.cond(x[0, 0] > 0, lambda: ((x @ y) @ y.T).sum(), lambda: (x @ y).sum())
+
+
+@jax.custom_vjp
+def by_rule(x, y):
+    return x @ y
+
+
+by_rule.defvjp(lambda x, y: (x @ y, (x, y)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@pytest.mark.parametrize(
+    "function, products",
+    [
+        (matmul, 1),
+        (jax.jit(matmul), 1),
+        (in_scan, 4),
+        (in_cond, 2),
+        (by_rule, 1),
+        (jax.grad(lambda x, y: (x @ y).sum()), 2),
+        (jax.grad(lambda x, y: ((x @ y) ** 2).sum(), (0, 1)), 3),
+        (jax.grad(lambda x, y: (by_rule(x, y) ** 2).sum(), (0, 1)), 3),
+        (jax.grad(lambda x, y: (jax.checkpoint(squashed)(x, y) ** 2).sum(), (0, 1)), 4),
+    ],
+    ids=["plain", "jit", "scan", "cond", "rule", "one side", "both", "rule back", "remat"],
+)
+def test_products_by_hand(function, products):
+    assert of(function, *PRODUCT) == products * 3 * 5 * 7
+
+
+def test_a_loop_of_unknown_length_is_refused():
+    def loop(x, y):
+        return jax.lax.while_loop(lambda c: c < x[0, 0], lambda c: c + (x @ y).sum(), 0.0)
+
+    with pytest.raises(ValueError, match="how often it runs is not known"):
+        of(loop, *PRODUCT)
+
+
+def test_devices_count_together():
+    mesh = sharding.make_mesh(spatial=4)
+
+    def local(weights, x):
+        return x @ weights
+
+    planes = jax.P("data", "spatial")
+    cut = spatial.over(mesh, local, (planes,), planes)
+    weights, x = shape(5, 7), shape(2, 8, 5)
+    assert of(cut, weights, x) == of(local, weights, x) == 2 * 8 * 5 * 7
+
+
+@pytest.mark.parametrize("lowering", conv_lib.LOWERINGS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_costs_the_same_in_every_form(lowering, stride):
+    """Forward; then also backward, where each of the two gradients costs as much as it."""
+    forward = functools.partial(conv_lib.conv, depth=6, stride=stride, lowering=lowering)
+    once = VOXELS // stride**3 * 27 * 3 * 4
+    assert of(forward, *CONV) == once
+
+    def loss(x, kernel):
+        return (forward(x, kernel) ** 2).sum()
+
+    assert of(jax.grad(loss, (0, 1)), *CONV) == 3 * once
+
+
+def test_moving_voxels_is_counted_apart():
+    counts = counting.macs(lambda x: layers.upsample(x, 2, 4), shape(4, 4, 4, 3))
+    by_hand = 4**3 * 3 * 8 + 8 * 4 * 4 * 3 * 8 + 8 * 8 * 4 * 3 * 8  # a 4 x 8 matrix, axis by axis
+    assert counts == {"resample": by_hand}
+    back = jax.grad(lambda x: (layers.stem(x, 2) ** 2).sum())
+    assert counting.total(counting.macs(back, shape(4, 4, 4))) == 0
+
+
+def test_scopes_share_the_whole():
+    def named(x, y):
+        with jax.named_scope("one"):
+            z = x @ y
+        with jax.named_scope("two"):
+            return z @ y.T
+
+    assert counting.by_scope(named, *PRODUCT) == {"one": 105, "two": 105}
+
+
+def test_a_grouped_convolution_as_pytorch_counts_it():
+    torch = pytest.importorskip("torch", reason="the other counter: requirements-test.txt")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x, kernel = np.zeros((2, 6, 5, 6, 7), np.float32), np.zeros((4, 3, 3, 1, 3), np.float32)
+    numbers = ("NCDHW", "OIDHW", "NCDHW")
+
+    def grouped(x, kernel):
+        pad = [(1, 1), (0, 0), (1, 1)]
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 1, 2), pad, dimension_numbers=numbers, feature_group_count=2
+        )
+
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.conv3d(
+            torch.zeros(x.shape), torch.zeros(kernel.shape), stride=(2, 1, 2), padding=(1, 0, 1),
+            groups=2,
+        )  # fmt: skip
+    assert 2 * of(grouped, shape(*x.shape), shape(*kernel.shape)) == counter.get_total_flops()
