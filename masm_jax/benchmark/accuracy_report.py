@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from masm_jax import compare
 from masm_jax import config as config_lib
-from masm_jax.benchmark import macs, plots
+from masm_jax.benchmark import counting, plots
 from masm_jax.benchmark.study import MIXERS, training_rate
 from masm_jax.data.records import Records
 from masm_jax.evaluation import tables
@@ -176,7 +176,7 @@ def cost(folder, name):
     return {
         "framework": f"JAX {jax.__version__}",
         "parameters": num_parameters(params),
-        "gmac": macs.count(segment_step(network), params, crop) / 1e9,
+        "gmac": counting.total(counting.macs(segment_step(network), params, crop)) / 1e9,
     }
 
 

@@ -7,13 +7,11 @@ import math
 import subprocess
 import types
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from masm_jax import runtime
 from masm_jax.benchmark import __main__ as benchmark
-from masm_jax.benchmark import accuracy, accuracy_report, macs, study
+from masm_jax.benchmark import accuracy, accuracy_report, study
 from masm_jax.benchmark.study import Budget, Fold, Run
 from tests.conftest import CASES
 
@@ -43,21 +41,6 @@ def test_the_rate_is_of_the_intervals_after_the_first(tmp_path):
     assert study.training_rate(tmp_path) == 3
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
     assert math.isnan(study.training_rate(tmp_path))
-
-
-def test_multiplications_are_counted():
-    def function(x, kernel, matrix):
-        def body(carry, _):
-            return carry @ matrix, None
-
-        y = jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME")
-        y = jax.lax.cond(True, lambda: y.sum() * matrix, lambda: matrix @ matrix)
-        return jax.lax.scan(body, y, length=5)
-
-    shapes = ((1, 3, 8, 8), (4, 3, 3, 3), (2, 2))
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    convolution = 4 * 4 * 4 * 27  # 4 channels of 4 x 4, each of 3 x 3 x 3
-    assert macs.count(function, *arguments) == convolution + 8 + 5 * 8
 
 
 def evaluated(folder, dice, *, step=4):
