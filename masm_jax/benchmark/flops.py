@@ -13,8 +13,9 @@ import importlib.util
 import json
 import sys
 
-from masm_jax.benchmark import peers, tables
+from masm_jax.benchmark import counting, jax_side, peers, tables
 from masm_jax.files import replacing
+from masm_jax.runtime import EXIT_SOME_FAILED
 
 REASON = """\
 XLA counts otherwise: element-wise work and reductions too (about one FLOP an element), and the
@@ -43,8 +44,6 @@ def count(function, *arguments):
     Raises:
       ValueError: a loop whose length depends on values.
     """
-    from masm_jax.benchmark import counting
-
     macs = counting.total(counting.macs(function, *arguments))
     return Count(macs, 2 * macs)
 
@@ -72,12 +71,9 @@ def run(args):
     Raises:
       ValueError: a flag is wrong.
     """
-    from masm_jax import runtime
-
     chosen = peers.chosen(args.networks)
     if args.patch < 1:
         raise ValueError(f"--patch={args.patch}: expected an edge in voxels")
-    runtime.start(cache=False)
     counts, skipped = count_all(chosen, patch=args.patch, config=args.config, xla=not args.no_xla)
     lines = words(chosen, counts)
     if args.by_module:
@@ -90,7 +86,7 @@ def run(args):
         found |= {"networks": counts, "skipped": skipped}
         with replacing(args.json) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
-    return runtime.EXIT_SOME_FAILED if skipped else 0
+    return EXIT_SOME_FAILED if skipped else 0
 
 
 def count_all(chosen, *, patch, config, xla=True):
@@ -117,8 +113,6 @@ def count_all(chosen, *, patch, config, xla=True):
 
 def _count(entry, *, patch, config, xla):
     if entry.framework == "jax":
-        from masm_jax.benchmark import jax_side
-
         return jax_side.count(entry, patch=patch, config=config, xla=xla)
     if importlib.util.find_spec("torch") is None:
         raise ValueError("needs torch, which is not here; `make bench-env` makes .venv-bench")

@@ -90,7 +90,7 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device):
     Returns:
       a function without arguments that returns when its work is done.
     """
-    mesh = sharding.make_mesh(_devices(device)[:1])
+    mesh = sharding.make_mesh(jax.devices(device)[:1])
     built = network(ours, patch=patch, batch=batch, dtype=dtype, config=config).on(mesh)
     everywhere = sharding.replicated(mesh)
     params = jax.device_put(built.init(0), everywhere)
@@ -116,14 +116,10 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device):
 
 def peak_bytes(device):
     """Most bytes that were in use on the device; None on a CPU, where the process is asked."""
-    return None if device == "cpu" else _devices(device)[0].memory_stats()["peak_bytes_in_use"]
+    return None if device == "cpu" else jax.devices(device)[0].memory_stats()["peak_bytes_in_use"]
 
 
 def versions(device):
     """{"jax", "jaxlib", "device"}."""
     found = {name: program.versions()[name] for name in ("jax", "jaxlib")}
-    return found if device == "cpu" else found | {"device": _devices(device)[0].device_kind}
-
-
-def _devices(device):
-    return jax.devices(device)
+    return found if device == "cpu" else found | {"device": jax.devices(device)[0].device_kind}

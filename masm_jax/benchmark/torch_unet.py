@@ -35,7 +35,8 @@ class Up(nn.Module):
         super().__init__()
         self.factor = factor
         self.weight = nn.Parameter(torch.empty(features_in, features_out, *[factor] * 3))
-        self.bias = nn.Parameter(torch.zeros(features_out, *[factor] * 3))
+        # Two axes: torch's conversion to channels last takes four for a picture, and fails.
+        self.bias = nn.Parameter(torch.zeros(features_out, factor**3))
         nn.init.kaiming_normal_(self.weight)
 
     def forward(self, x):
@@ -45,7 +46,7 @@ class Up(nn.Module):
             return F.conv3d(x, self.weight.transpose(0, 1), self.bias.flatten())
         y = F.conv_transpose3d(x, self.weight, stride=f)
         taps = y.unflatten(4, (-1, f)).unflatten(3, (-1, f)).unflatten(2, (-1, f))
-        bias = self.bias[:, None, :, None, :, None, :]
+        bias = self.bias.reshape(-1, 1, f, 1, f, 1, f)
         return (taps + bias).reshape(y.shape)
 
 
@@ -125,7 +126,7 @@ def _load_up(module, params):
     channels, features, *taps = module.weight.shape
     kernel = np.reshape(params["kernel"], (channels, *taps, features))
     _set(module.weight, np.moveaxis(kernel, -1, 1))
-    _set(module.bias, np.moveaxis(np.reshape(params["bias"], (*taps, features)), -1, 0))
+    _set(module.bias, np.reshape(params["bias"], (-1, features)).T)
 
 
 def _set(parameter, value):
