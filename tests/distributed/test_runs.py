@@ -157,7 +157,7 @@ def test_another_config_on_one_of_them_ends_both(processes, words, tmp_path):
     both = processes(*flags, own=own)
     assert codes(*both) == [1, 1]
     assert "do not agree on the config" in both[0].said()
-    assert "optim.learning_rate: 0.003 on process 0; 0.5 on process 1" in both[0].said()
+    assert "optim.learning_rate: 0.0002 on process 0; 0.5 on process 1" in both[0].said()
     assert not (tmp_path / "run").exists()
 
 
