@@ -1,5 +1,7 @@
 """Pareto plots of a comparison: who does more per second for its cost, who needs less memory."""
 
+import math
+
 from matplotlib.figure import Figure
 
 from masm_jax.benchmark.plots import COLOURS, save
@@ -59,13 +61,58 @@ def _panel(axes, points, best):
     axes.set(xscale="log", yscale="log")
     axes.grid(which="both", linewidth=0.3)
     line = front(points, best)
-    axes.plot([p[0] for p in line], [p[1] for p in line], color="0.75", linewidth=1, zorder=1)
-    for place, (left, up, row) in enumerate(points):
-        colour = COLOURS[0] if row["framework"] == "jax" else COLOURS[1]
-        axes.plot(left, up, MARKS[row["variant"]], color=colour)
-        side = 1 if place % 2 else -1  # neighbours along x have their names on different sides
+    axes.plot([p[0] for p in line], [p[1] for p in line], color="0.6", linewidth=1, zorder=1)
+    for name in {row["network"] for *_, row in points}:  # its variants belong together
+        own = [point for point in points if point[2]["network"] == name]
+        axes.plot([p[0] for p in own], [p[1] for p in own], ":", color=_colour(own[0][2]), lw=0.8)
+    for left, up, row in points:
+        axes.plot(left, up, MARKS[row["variant"]], color=_colour(row), markersize=5)
+    axes.margins(0.12)
+    _label(axes, points)
+
+
+def _colour(row):
+    return COLOURS[0] if row["framework"] == "jax" else COLOURS[1]
+
+
+def _label(axes, points):
+    """A name beside the first mark of each network, where no mark and no other name is."""
+    width, height = (72 * 0.8 * size for size in axes.figure.get_size_inches())  # points, about
+    width /= len(axes.figure.axes)
+    (x0, x1), (y0, y1) = (
+        [math.log10(end) for end in ends] for ends in (axes.get_xlim(), axes.get_ylim())
+    )
+    places = [
+        (width * (math.log10(left) - x0) / (x1 - x0), height * (math.log10(up) - y0) / (y1 - y0))
+        for left, up, _ in points
+    ]
+    taken, named = [(x - 4, y - 4, x + 4, y + 4) for x, y in places], set()
+    for (x, y), (left, up, row) in zip(places, points):
+        name = row["network"]
+        if name in named:
+            continue
+        named.add(name)
+        half = 2.1 * len(name)  # of the name's width, at 7 points
+        moves = [(side * (half + 6), rise) for rise in (0, 9, -9, 18, -18) for side in (1, -1)]
+        moves += [(0, rise) for rise in (11, -11, 20, -20, 29, -29)]
+        boxes = {move: (x + move[0] - half, y + move[1] - 4, x + move[0] + half, y + move[1] + 4)
+                 for move in moves}  # fmt: skip
+        crowded = {
+            move: (_leaves(box, width, height), sum(_meet(box, other) for other in taken))
+            for move, box in boxes.items()
+        }
+        best = min(moves, key=crowded.get)
+        taken.append(boxes[best])
         axes.annotate(
-            row["network"], (left, up), xytext=(0, 9 * side), textcoords="offset points",
-            ha="center", va="center", fontsize=7, color=colour,
+            name, (left, up), xytext=best, textcoords="offset points", ha="center", va="center",
+            fontsize=7, color=_colour(row),
         )  # fmt: skip
-    axes.margins(0.15)
+
+
+def _meet(one, other):
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _leaves(box, width, height):
+    """Whether it leaves the panel: such places come last."""
+    return box[0] < 0 or box[2] > width or box[1] < 0 or box[3] > height
