@@ -73,6 +73,8 @@ def _count(jaxpr, times, outer, counts, scopes):
         name = eqn.primitive.name
         scope = "/".join(part for part in (outer, str(eqn.source_info.name_stack)) if part)
         if name in _PRODUCTS:
+            if all(isinstance(var, jex.DropVar) for var in eqn.outvars):
+                continue  # nobody takes it: a rule's gradient of something that has none
             kind, product = _PRODUCTS[name]
             number = times * product(eqn)
             moved = RESAMPLE in scope

@@ -7,8 +7,9 @@ One function, ``conv``, one result; three ways to compute it:
               TPU the large folded batch is laid into the lanes, so few channels are not padded to
               128.
 * ``stacked`` the depth neighbours side by side in the channels, then one 2-D convolution. On CPU it
-              runs forward and backward 2.5 to 3.6 times faster than ``direct`` and about as fast as
-              ``taps``, for three times the input's memory (docs/decisions.md).
+              runs forward and backward several times faster than ``direct``, for three times the
+              input's memory, with the gradient of the kernel and convolutions of very small planes
+              as matrix products (docs/performance.md).
 """
 
 import contextlib
@@ -111,7 +112,76 @@ def _stacked(x, kernel, depth, stride):
     size = kernel.shape[0]
     beside = jnp.concatenate(_shifted(x, kernel, depth, stride), axis=-1)
     kernel = jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
+    if beside.shape[1] * beside.shape[2] <= size * size:
+        return _as_product(beside, kernel, stride)
+    if stride == 1:
+        return _with_fast_gradient(beside, kernel)
     return _planes(beside, kernel, stride)
+
+
+def _as_product(x, kernel, stride):
+    """``_planes`` as one matrix product: on planes of 2 x 2 XLA's is 25 times slower on a CPU."""
+    n, h, w, _ = x.shape
+    size, side = kernel.shape[0], kernel.shape[0] // 2
+    x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
+    seen = [x[:, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)]
+    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+@jax.custom_vjp
+def _with_fast_gradient(x, kernel):
+    """``_planes`` with stride 1; the gradient of its kernel is ``_kernel_gradient``."""
+    return _planes(x, kernel, 1)
+
+
+def _forward(x, kernel):
+    return _planes(x, kernel, 1), (x, kernel)
+
+
+def _backward(saved, dy):
+    x, kernel = saved
+    (dx,) = jax.linear_transpose(lambda x: _planes(x, kernel, 1), x)(dy)
+    return dx, _kernel_gradient(x, dy, kernel.shape[0])
+
+
+_with_fast_gradient.defvjp(_forward, _backward)
+_AT_ONCE = 2**22  # bytes of neighbours of a part of the planes: a core's cache
+
+
+def _kernel_gradient(x, dy, size):
+    """The gradient of ``_planes`` (stride 1) by its kernel: x times the neighbours of dy, summed.
+
+    XLA's CPU convolution takes the planes for channels there, and the grid for a kernel: 5 to 10
+    GFLOP/s for 128 planes of 32 x 32. As matrix products of a few planes each, which stay in the
+    cache, it is 5 to 10 times faster (docs/performance.md).
+
+    Args:
+      x: (N, H, W, C).
+      dy: (N, H, W, C_out).
+      size: k.
+
+    Returns:
+      (k, k, C, C_out) in the dtype of ``x``, summed in float32.
+    """
+    n, h, w, channels = x.shape
+    out, side = dy.shape[-1], size // 2
+
+    def product(x, dy):
+        dy = jnp.pad(dy, ((0, 0), (side, side), (side, side), (0, 0)))
+        starts = [(size - 1 - i, size - 1 - j) for i in range(size) for j in range(size)]
+        beside = jnp.concatenate([dy[:, i : i + h, j : j + w] for i, j in starts], -1)
+        return jnp.einsum("nhwc,nhwo->co", x, beside, preferred_element_type=jnp.float32)
+
+    plane = h * w * size * size * out * dy.dtype.itemsize
+    parts = _parts(n, max(1, _AT_ONCE // plane))
+    split = [a.reshape(parts, n // parts, *a.shape[1:]) for a in (x, dy)]
+    total = lax.map(lambda part: product(*part), tuple(split)).sum(0)
+    return total.reshape(channels, size, size, out).transpose(1, 2, 0, 3).astype(x.dtype)
+
+
+def _parts(n, most):
+    """The least number of equal parts of n with at most ``most`` each."""
+    return next(parts for parts in range(-(-n // most), n + 1) if n % parts == 0)
 
 
 _FORMS = {"direct": _direct, "taps": _taps, "stacked": _stacked}

@@ -38,3 +38,28 @@ def test_the_order_of_memory_changes_no_number():
 
     np.testing.assert_array_equal(jax.jit(conv.planes_in_lanes, static_argnums=1)(x, 6), x)
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3 * x**2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "planes, grid, channels, out",
+    [
+        (6, (5, 7), 3, 4),
+        (64, (32, 32), 6, 24),  # the gradient of the kernel in parts
+        (4, (2, 2), 5, 6),  # as one matrix product
+        (4, (1, 3), 5, 6),
+    ],
+)
+def test_the_form_for_cpus_has_the_gradients_of_the_plain_convolution(planes, grid, channels, out):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (planes, *grid, channels))
+    kernel = jax.random.normal(keys[1], (3, 3, 3, channels, out))
+    weight = jax.random.normal(keys[2], (planes, *grid, out))
+
+    def by(lowering):
+        def loss(x, kernel):
+            return (conv.conv(x, kernel, depth=planes // 2, lowering=lowering) * weight).sum()
+
+        return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+
+    for found, wanted in zip(by("stacked"), by("direct")):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * abs(wanted).max())
