@@ -12,6 +12,7 @@ import sys
 COMMANDS = {
     "tpu": "compile a step for a TPU pod that is not there: memory, bytes, FLOPs, bounds",
     "plots": "draw what tpu has written",
+    "input": "crops per second beside MONAI and nnU-Net, waiting, memory",
 }
 
 
