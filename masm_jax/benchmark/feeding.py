@@ -21,6 +21,10 @@ def throughput(*, way, seconds, warm=4, **loader):
       {"crops", "seconds", "cpu_seconds" (None without Linux), "memory_mb": of all its processes,
       "shape": of a batch}.
     """
+    if way == "masm_jax":  # as train.py does: it tells malloc to keep memory, too
+        from masm_jax import runtime
+
+        runtime.start(cache=False)
     stream = loaders.batches(way, **loader)
     for batch in itertools.islice(stream, warm):
         shape = list(batch["image"].shape)
@@ -51,13 +55,16 @@ def flat(*, records, patch, foreground, crops, processes):
       A dict per process: "process", "crops": those handed out at each sample, "anonymous" and "rss"
       in kB at them (workers.memory).
     """
+    from masm_jax import runtime
+
+    runtime.start(cache=False)
     batch = 2
     stream = loaders.batches(
         "masm_jax", records=records, patch=patch, batch=batch, foreground=foreground,
         workers=processes,
     )  # fmt: skip
     next(stream)
-    pids = workers.family()
+    pids = [pid for pid in workers.family() if "resource_tracker" not in workers.words(pid)]
     # With workers the first process hands on what the others have read.
     names = ["training process", *(f"worker {number}" for number in range(1, len(pids)))]
     found = [{"process": name, "crops": [], "anonymous": [], "rss": []} for name in names]
@@ -93,10 +100,11 @@ def waiting(*, records, patch, batch, foreground, rate, seconds):
     """
     import jax
 
-    from masm_jax import sharding
+    from masm_jax import runtime, sharding
     from masm_jax.data import pipeline
     from masm_jax.data.records import Records
 
+    runtime.start(cache=False)
     found, mesh = Records(records), sharding.make_mesh(jax.local_devices()[:1])
     host = pipeline.batches(
         found, found.cases, seed=0, batch_size=batch, patch=patch, foreground=foreground,

@@ -193,7 +193,8 @@ def _waiting(args, patch, batch, cores):
     run = workers.call(
         "masm_jax.benchmark.feeding:waiting", cores=workers.cores()[:cores],
         environment={"JAX_PLATFORMS": "cpu"}, records=str(args.records), patch=patch, batch=batch,
-        foreground=args.foreground, rate=args.rate, seconds=max(args.seconds, 20 * batch / args.rate),
+        foreground=args.foreground, rate=args.rate,
+        seconds=max(args.seconds, 20 * batch / args.rate),
     )  # fmt: skip
     shares = {name: run[name] / run["seconds"] for name in ("waited", "idle")}
     return {"patch": patch, "batch": batch, "cores": cores, "steps": run["steps"], **shares}
@@ -232,7 +233,7 @@ def table(found):
         f"{machine['cores']} cores of {machine['processor']}, load {machine['load']} before, "
         f"{machine['date']}.",
         "",
-        "| way | crop | workers | crops/s per core (slowest, fastest round) | CPU ms per crop | MB |",
+        "| way | crop | workers | crops/s per core (slowest, fastest) | CPU ms per crop | MB |",
         "|---|---|---|---|---|---|",
     ]
     for row in found["throughput"]:

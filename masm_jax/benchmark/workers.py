@@ -114,6 +114,14 @@ def family(pid=None):
     return found
 
 
+def words(pid):
+    """The command line of a process; "" where it is gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except OSError:
+        return ""
+
+
 def memory(pid=None):
     """Memory of a process in kB: {"rss", "anonymous", "peak"}; {} where it is gone, or no Linux.
 

@@ -1,0 +1,40 @@
+"""A measurement in a process of its own: its result, its cores, its end."""
+
+import os
+import time
+
+import pytest
+
+from masm_jax.benchmark import workers
+
+HERE = "masm_jax.benchmark.workers"
+
+
+def test_the_result_comes_back_and_the_process_is_pinned():
+    last = workers.cores()[-1:]
+    assert workers.call(f"{HERE}:cores", cores=last) == last
+    assert workers.call("math:dist", p=[0, 3], q=[4, 0]) == 5.0
+
+
+def test_what_goes_wrong_is_said():
+    with pytest.raises(workers.Failed, match="expected at most 1 argument|unexpected keyword"):
+        workers.call(f"{HERE}:cores", unknown=1)
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    began = time.perf_counter()
+    with pytest.raises(workers.TimedOut, match="not done in 1 s"):
+        workers.call("subprocess:call", limit=1, args=["sleep", "100"])
+    assert time.perf_counter() - began < 30
+
+
+def test_memory_and_time_of_a_process():
+    before, used = workers.memory(), workers.cpu_seconds(workers.family())
+    held = bytearray(os.urandom(2**25))  # 32 MiB, written to
+    after = workers.memory()
+    grown = after["anonymous"] - before["anonymous"]
+    assert grown > 0.9 * len(held) / 1024 and after["peak"] >= after["rss"]
+    while time.process_time() < used + 0.1:  # a clock of ticks sees a tenth of a second
+        pass
+    assert workers.cpu_seconds(workers.family()) > used
+    assert workers.memory(2**30) == {}
