@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help interpreter venv test-tools tpu-env tpu-tools test lint demo-records demo demo-compare clean
+.PHONY: help interpreter venv test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -11,6 +11,7 @@ CASES ?= 40
 PYTEST ?=
 VENV ?= .venv
 TPU_VENV ?= .venv-tpu
+BENCH_VENV ?= .venv-bench
 PY := $(VENV)/bin/python
 # The first that runs, has a right version and can make environments: a name on the PATH may be a
 # shim that only fails, and Debian's python3 cannot make environments without python3-venv.
@@ -25,6 +26,7 @@ help:
 	@echo "make lint          ruff"
 	@echo "make venv          set up $(VENV) with requirements.txt; PYTHON=/path/to/python3.12 chooses a Python"
 	@echo "make tpu-env       set up $(TPU_VENV): the TPU compiler, for a machine without a TPU"
+	@echo "make bench-env     set up $(BENCH_VENV): torch and MONAI, for a comparison with their networks"
 	@echo "make clean         remove demo/ and caches; $(VENV), records/ and runs/ stay"
 
 # ---------------------------------------------------------------- environment
@@ -72,6 +74,13 @@ tpu-env:
 
 tpu-tools: interpreter
 	$(call install,requirements-tpu.txt,requirements.txt requirements-tpu.txt,about 1.6 GB)
+
+bench-env:
+	@$(MAKE) --no-print-directory VENV="$(BENCH_VENV)" bench-tools
+	@echo "$(BENCH_VENV)/bin/python -m masm_jax.benchmark flops"
+
+bench-tools: interpreter
+	$(call install,requirements-bench.txt,requirements.txt requirements-bench.txt,about 2 GB (1 GB of it torch; more with CUDA))
 
 # ---------------------------------------------------------------- checks
 

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
 """
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -28,12 +29,7 @@ from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, report, scoring, tables
 from masm_jax.files import as_path
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import (
-    check_task,
-    decoding,
-    in_scan,
-    load_run,
-)
+from masm_jax.inference.volume import check_task, decoding, in_scan
 from masm_jax.parallel import in_order
 from masm_jax.steps import keep_names, keep_step
 
@@ -57,6 +53,11 @@ _WORKERS = flags.DEFINE_integer(
 _SET = flags.DEFINE_multi_string(
     "set", [], "KEY=VALUE of infer. or evaluation., such as infer.flips=0,1,2; may be repeated."
 )
+_LOADER = flags.DEFINE_string(
+    "loader",
+    "masm_jax.inference.volume",
+    "Module with load_run(workdir, which=, given=): another for a run that train.py has not made.",
+)
 processes.define_flags()
 log = logging.getLogger("masm_jax.eval")
 
@@ -71,6 +72,7 @@ def evaluate(workdir, output, roll):
     first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- run, cases, references
+    load_run = importlib.import_module(_LOADER.value).load_run
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
     config = config_lib.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)
@@ -238,7 +240,7 @@ def _view_spacing(records, cases):
 def _kept(segmenter, records):
     """Function case -> what the Modality-Aware mixers keep of it, or None without such mixers."""
     segmenter = getattr(segmenter, "segmenters", [segmenter])[0]  # of several runs the first
-    names = keep_names(segmenter.network)
+    names = keep_names(segmenter.network) if segmenter.network else ()  # none: not of ours
     if not names:
         return None
     channels = {"/".join(name): () for name in names}

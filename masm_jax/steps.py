@@ -53,10 +53,7 @@ def train_step(network):
 
     def step(state, batch, key):
         number = state["step"]
-        augment_key, gumbel_key = jax.random.split(jax.random.fold_in(key, number))
-        image, label = augment(
-            augment_key, batch["image"].astype(jnp.float32), batch["label"], recipe=config.augment
-        )
+        image, label, gumbel_key = augmented(batch, key, number, recipe=config.augment)
         places = jnp.arange(len(image))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(gumbel_key, places)
         heat = temperature(number)
@@ -89,6 +86,23 @@ def train_step(network):
         return state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), metrics)
 
     return step
+
+
+def augmented(batch, key, number, *, recipe):
+    """What the network sees of a batch at step ``number``.
+
+    Args:
+      batch: {"image": (B, M, D, H, W) float16, "label": (B, D, H, W) uint8}.
+      key: of the run.
+      number: () int32, steps done before.
+      recipe: of ``data.augment``.
+
+    Returns:
+      image float32, label uint8, of the same shapes; and the key for what else the step draws.
+    """
+    own, rest = jax.random.split(jax.random.fold_in(key, number))
+    image, label = augment(own, batch["image"].astype(jnp.float32), batch["label"], recipe=recipe)
+    return image, label, rest
 
 
 def accumulated(terms_of, loss_of, params, batch, parts):

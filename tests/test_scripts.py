@@ -167,6 +167,8 @@ sys.exit(75)
             stdout=out,
             stderr=out,
             start_new_session=True,
+            # Where the tests run in the background, Ctrl-C is ignored, and stays so in a shell.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     _wait_for("ready", log)
     if terminal:

@@ -12,6 +12,9 @@ import sys
 COMMANDS = {
     "tpu": "compile a step for a TPU pod that is not there: memory, bytes, FLOPs, bounds",
     "plots": "draw what tpu has written",
+    "flops": "count parameters and multiply-adds of our networks and of peers in PyTorch",
+    "compare": "measure our networks and peers in PyTorch: time, memory, compilation",
+    "accuracy": "Dice of MASM and others at equal budget, trained and evaluated alike",
     "input": "crops per second beside MONAI and nnU-Net, waiting, memory",
 }
 

@@ -12,11 +12,14 @@ interpolate voxels, which the other framework does by indexing; it is counted ap
 
 import collections
 import math
+import re
 
 import jax
 from jax.extend import core as jex
 
 from masm_jax.models.layers import RESAMPLE
+
+PARTS = ("encoder", "mixers", "decoder")  # name scopes of the network
 
 
 def macs(function, *arguments):
@@ -47,6 +50,22 @@ def by_scope(function, *arguments):
     scopes = collections.Counter()
     _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1, "", collections.Counter(), scopes)
     return scopes
+
+
+def by_place(function, *arguments):
+    """The same by part and level of the network, forward and backward together.
+
+    Returns:
+      {"encoder level1": MACs, ...} in the order of the network; "elsewhere" is in no part of it.
+    """
+    places = collections.Counter()
+    for scope, number in by_scope(function, *arguments).items():
+        words = re.findall(r"\w+", scope)  # of "transpose(jvp(encoder))/level1"
+        part = next((word for word in words if word in PARTS), "elsewhere")
+        level = next((word for word in words if re.fullmatch(r"level\d+", word)), "")
+        places[f"{part} {level}".strip()] += number
+    order = (*PARTS, "elsewhere")
+    return dict(sorted(places.items(), key=lambda item: (order.index(item[0].split()[0]), item)))
 
 
 def _count(jaxpr, times, outer, counts, scopes):
@@ -104,17 +123,32 @@ def _jaxprs(params):
 
 
 def _conv(eqn):
-    """Places of the result x taps of the kernel x channels in.
+    """Pairs of channels, times what each axis costs; groups are taken off the shapes already."""
+    numbers, params = eqn.params["dimension_numbers"], eqn.params
+    left, right = (var.aval.shape for var in eqn.invars)
+    result = eqn.outvars[0].aval.shape
+    batch, features, *_ = numbers.out_spec
+    count = result[batch] * result[features] * right[numbers.rhs_spec[1]]
+    steps = ("window_strides", "lhs_dilation", "rhs_dilation")
+    specs = (numbers.lhs_spec, numbers.rhs_spec, numbers.out_spec)
+    for axis in range(len(numbers.out_spec) - 2):
+        sizes = [shape[spec[axis + 2]] for shape, spec in zip((left, right, result), specs)]
+        count *= _along(*sizes, *(params[step][axis] for step in steps))
+    return count
 
-    Of an input with zeros between its voxels, as the way back of a strided convolution has it, one
-    tap in ``lhs_dilation`` meets a voxel. Where the kernel is the gradient of a strided convolution
-    its dilation is no work.
+
+def _along(left, right, result, stride, dilated, spread):
+    """Multiplications along one axis: every tap meets every element of the smaller volume.
+
+    In a convolution and in both of its gradients the same three sizes change places: two volumes
+    and a kernel. JAX writes all three as convolutions. That of the input has the kernel at the
+    right, and between the elements of the left zeros (``dilated``), which are no elements. That of
+    the kernel has a volume at the right, and the kernel is the result.
     """
-    numbers = eqn.params["dimension_numbers"]
-    result, kernel = eqn.outvars[0].aval.shape, eqn.invars[1].aval.shape
-    _, channels, *spatial = numbers.rhs_spec
-    taps = math.prod(kernel[axis] for axis in spatial) * kernel[channels]
-    return math.prod(result) * taps // math.prod(eqn.params["lhs_dilation"])
+    extent = left * dilated
+    if abs(result * stride - extent) <= abs(right * spread - extent):
+        return right * min(left, result)
+    return result * min(left, right)
 
 
 def _dot(eqn):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from masm_jax.evaluation.lesions import STYLES
-from masm_jax.evaluation.metrics import CONVENTIONS, EMPTY_RULES
+from masm_jax.evaluation.metrics import CONVENTIONS, EMPTY_RULES, LESION_COLUMNS
 from masm_jax.files import replacing
 
 Row = Mapping[str, Any]
@@ -133,8 +133,9 @@ def _lesion_lines(summary: Mapping[str, Any], style: str) -> list[str]:
     for name, region in summary["regions"].items():
         if f"{style}_tp" not in region:
             continue
-        shown = {key: region[f"{style}_{key}"] for key in ("dice", "hd95", "nsd", "f1")}
-        cells = [_cell({"mean": s["mean"]}, 1 if k == "hd95" else 3) for k, s in shown.items()]
+        # No value where no case has a lesion of the region, drawn or real.
+        shown = {k: region.get(f"{style}_{k}", {}).get("mean") for k in LESION_COLUMNS[:4]}
+        cells = [_cell({"mean": mean}, 1 if k == "hd95" else 3) for k, mean in shown.items()]
         counts = [region[f"{style}_{key}"] for key in ("tp", "fp", "fn")]
         found, false, missed = (c["mean"] * c["n"] for c in counts)
         lines.append(

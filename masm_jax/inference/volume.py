@@ -39,7 +39,8 @@ class Settings:
     @classmethod
     def of(cls, network):
         """Those of a network and its config."""
-        which = ("average", "runs")  # say which weights, and are no matter of segmenting
+        # These say which weights, and how the network computes: no matter of segmenting.
+        which = ("average", "runs", "token_share")
         infer = {key: value for key, value in network.config.infer.items() if key not in which}
         return cls(
             modalities=network.modalities,

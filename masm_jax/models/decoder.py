@@ -45,6 +45,7 @@ class Decoder(nnx.Module):
             head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)
         self.strides = tuple(strides)
 
+    @jax.named_scope("decoder")
     def __call__(self, skips, deep=False, wrap=lambda block: block):
         """From the skips to logits.
 

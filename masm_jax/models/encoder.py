@@ -21,6 +21,7 @@ class Encoder(nnx.Module):
             channels_in = width
         self.levels = nnx.List(levels)
 
+    @jax.named_scope("encoder")
     def __call__(self, x, depth, wrap=lambda block: block):
         """Planes (M B D, H, W, C_in) -> per level the planes of its features, and their depth.
 

@@ -189,7 +189,7 @@ class MASM(nnx.Module):
         skips, keep = [], {}
         features = self.encoder(x, depth // self.stem, wrap)
         for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
-            with jax.named_scope(_key(level)):
+            with jax.named_scope("mixers"), jax.named_scope(_key(level)):
                 if name == "aware":
                     level_key = None
                     if key is not None:

@@ -121,22 +121,53 @@ def test_scopes_share_the_whole():
     assert counting.by_scope(named, *PRODUCT) == {"one": 105, "two": 105}
 
 
-def test_a_grouped_convolution_as_pytorch_counts_it():
+@pytest.mark.parametrize(
+    "edge, size, stride, padding, dilation, groups, transposed",
+    [
+        (9, 3, 1, 1, 1, 1, False),
+        (9, 3, 2, 1, 1, 1, False),
+        (9, 3, 2, 1, 1, 2, False),
+        (9, 3, 1, 0, 1, 1, False),
+        (2, 3, 2, 1, 1, 1, False),
+        (1, 3, 1, 1, 1, 1, False),
+        (9, 3, 1, 2, 2, 1, False),
+        (8, 4, 4, 0, 1, 1, False),
+        (4, 2, 2, 0, 1, 1, True),
+        (5, 3, 2, 1, 1, 1, True),
+        (1, 2, 2, 0, 1, 1, True),
+    ],
+)
+def test_convolutions_and_their_gradients_as_pytorch_counts_them(
+    edge, size, stride, padding, dilation, groups, transposed
+):
+    """Odd edges, no padding, dilation, groups, transposed; each gradient costs the forward once.
+
+    PyTorch's own formula has too much, times the number of groups, for the gradient of a grouped
+    kernel; ``torch_side`` mends it.
+    """
     torch = pytest.importorskip("torch", reason="the other counter: requirements-test.txt")
-    from torch.utils.flop_counter import FlopCounterMode
+    from masm_jax.benchmark import torch_side
 
-    x, kernel = np.zeros((2, 6, 5, 6, 7), np.float32), np.zeros((4, 3, 3, 1, 3), np.float32)
-    numbers = ("NCDHW", "OIDHW", "NCDHW")
+    x = np.zeros((2, 6, edge, edge), np.float32)
+    kernel = np.zeros((6, 4, size, size) if transposed else (4, 6 // groups, size, size))
 
-    def grouped(x, kernel):
-        pad = [(1, 1), (0, 0), (1, 1)]
+    def ours(x, kernel):
+        before = after = dilation * (size - 1) - padding if transposed else padding
         return jax.lax.conv_general_dilated(
-            x, kernel, (2, 1, 2), pad, dimension_numbers=numbers, feature_group_count=2
-        )
-
-    with FlopCounterMode(display=False) as counter:
-        torch.nn.functional.conv3d(
-            torch.zeros(x.shape), torch.zeros(kernel.shape), stride=(2, 1, 2), padding=(1, 0, 1),
-            groups=2,
+            x, kernel.swapaxes(0, 1) if transposed else kernel,
+            (1, 1) if transposed else (stride,) * 2,
+            [(before, after)] * 2,
+            lhs_dilation=(stride if transposed else 1,) * 2,
+            rhs_dilation=(dilation,) * 2,
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+            feature_group_count=groups,
         )  # fmt: skip
-    assert 2 * of(grouped, shape(*x.shape), shape(*kernel.shape)) == counter.get_total_flops()
+
+    function = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+    leaves = [torch.zeros(array.shape, requires_grad=True) for array in (x, kernel)]
+    forward = torch_side.macs(lambda: function(*leaves, **options))
+    assert of(ours, shape(*x.shape), shape(*kernel.shape)) == forward
+    both = torch_side.macs(lambda: (function(*leaves, **options) ** 2).sum().backward())
+    back = jax.grad(lambda x, kernel: (ours(x, kernel) ** 2).sum(), (0, 1))
+    assert of(back, shape(*x.shape), shape(*kernel.shape)) == both == 3 * forward

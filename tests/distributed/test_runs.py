@@ -18,6 +18,9 @@ FLAGS = (
     "--config.batch_size=8",
     "--config.patch=16",
     "--config.optim.warmup_steps=2",
+    # A fifteenth of the config's: AdamW divides by the size of the gradient, and so makes steps of
+    # the rounding of those that are nearly zero. With all of it 1.1e-6 was seen at the fifth step.
+    "--config.optim.learning_rate=2e-4",
     "--config.model.mixers=('aware','concat','concat','concat','concat','shift')",
     "--config.model.keep_bias=0.0",
     "--config.log.every=1",
@@ -97,10 +100,10 @@ def saved(workdir):
 
 
 def assert_same_losses(one, other):
-    """But for the order of sums, which six steps let grow: 1.1e-6 was seen at the fifth."""
+    """But for the order of sums."""
     assert list(one) == list(other)
     for step, values in one.items():
-        assert other[step] == pytest.approx(values, rel=4e-6, abs=1e-6), step
+        assert other[step] == pytest.approx(values, rel=1e-6, abs=1e-6), step
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +157,7 @@ def test_another_config_on_one_of_them_ends_both(processes, words, tmp_path):
     both = processes(*flags, own=own)
     assert codes(*both) == [1, 1]
     assert "do not agree on the config" in both[0].said()
-    assert "optim.learning_rate: 0.003 on process 0; 0.5 on process 1" in both[0].said()
+    assert "optim.learning_rate: 0.0002 on process 0; 0.5 on process 1" in both[0].said()
     assert not (tmp_path / "run").exists()
 
 

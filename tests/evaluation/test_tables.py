@@ -125,6 +125,8 @@ def test_lesions_are_summed_and_their_means_taken_over_the_cases_that_have_a_val
         "  ET  Dice 0.600  HD95 4.0 mm  NSD 0.250  F1 0.400  found 2, missed 4, false 4"
     )
     assert "lesion-wise, brats2023:" not in lines
+    lines = tables.format_table(tables.summarise(rows[2:])).splitlines()  # nothing drawn or real
+    assert lines[place + 1] == "  ET  Dice -  HD95 - mm  NSD -  F1 -  found 0, missed 0, false 0"
 
 
 def test_table_of_no_rows_and_of_volumes_only():

@@ -1,0 +1,288 @@
+"""What the runs of ``python -m masm_jax.benchmark accuracy`` say together: tables and a figure."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+
+import jax
+import jax.numpy as jnp
+from matplotlib.figure import Figure
+
+from masm_jax import compare
+from masm_jax import config as config_lib
+from masm_jax.benchmark import counting, plots
+from masm_jax.benchmark.study import MIXERS, training_rate
+from masm_jax.data.records import Records
+from masm_jax.evaluation import tables
+from masm_jax.files import replacing
+from masm_jax.state import Network, abstract_state, num_parameters
+from masm_jax.steps import segment_step
+
+CLOCK = (
+    "minutes are of training steps alone, at the median rate of the run: compilation, validation, "
+    "checkpoints and evaluation are not in them"
+)
+INTERVAL = (
+    "differences are paired by case and averaged over seeds; intervals are 95 % of a bootstrap "
+    "over cases, so the spread between seeds is not in them"
+)
+MEAN = "mean"  # over the regions, beside their names
+
+
+def write(study, runs, *, about):
+    """Write summary.json, table.md and the figure of one budget, of what is done.
+
+    Args:
+        study: the ``Study``.
+        runs: all runs of the budget; those of a seed count when every fold is done.
+        about: further entries of summary.json.
+
+    Returns:
+        lines for the terminal.
+    """
+    budget, folder = runs[0].budget, study.output / str(runs[0].budget)
+    found = {}
+    for network in dict.fromkeys(run.network for run in runs):
+        own = [run for run in runs if run.network == network]
+        if values := _network(study, own):
+            found[network] = values
+    if not found:
+        return [f"{budget.words()}: nothing is done yet"]
+    first = runs[0].network
+    differences = _differences(first, found)
+    summary = {
+        "budget": budget.words(),
+        "clock": CLOCK,
+        "interval": INTERVAL,
+        "first": first,
+        **about,
+        "machine": machine(),
+        "networks": {
+            name: {key: value for key, value in values.items() if key != "tables"}
+            for name, values in found.items()
+        },
+        "differences": differences,
+    }
+    tables.write_summary_json(folder / "summary.json", summary)
+    lines = table(summary)
+    with replacing(folder / "table.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    plots.save(figure(summary), folder / "dice")
+    return [*lines, "", f"{folder}: summary.json, table.md, dice.png, dice.svg"]
+
+
+def _network(study, runs):
+    """What is known of one network: its cost, and what each seed has reached; None: no seed."""
+    seeds, evaluated, leaked, example = {}, {}, set(), None
+    for seed in dict.fromkeys(run.seed for run in runs):
+        folders = [study.folder(run) for run in runs if run.seed == seed]
+        if not all(_evaluated(folder) for folder in folders):
+            continue
+        example = folders[0]
+        evaluated[seed] = {
+            key: values for folder in folders for key, values in compare.read(folder).items()
+        }
+        rates = [training_rate(folder) for folder in folders]
+        summaries = [_read(folder / "eval" / "summary.json") for folder in folders]
+        steps = [summary["step"] for summary in summaries]
+        leaked |= {case for summary in summaries for case in summary.get("trained_on", ())}
+        minutes = [step / rate / 60 for step, rate in zip(steps, rates)]
+        seeds[seed] = {
+            "dice": _means(evaluated[seed]),
+            "steps": statistics.mean(steps),
+            "steps_per_s": statistics.mean(rates),
+            "minutes": statistics.mean(minutes),
+        }
+    if not seeds:
+        return None
+    columns = {key: [values[key] for values in seeds.values()] for key in ("steps", "minutes")}
+    columns["steps_per_s"] = [values["steps_per_s"] for values in seeds.values()]
+    dice = [values["dice"] for values in seeds.values()]
+    return {
+        **cost(example, runs[0].network),
+        **{key: statistics.mean(values) for key, values in columns.items()},
+        "dice": {name: statistics.mean(one[name] for one in dice) for name in dice[0]},
+        "seeds": seeds,
+        "cases": len({case for case, _ in next(iter(evaluated.values()))}),
+        "trained_on": sorted(leaked),
+        "tables": evaluated,
+    }
+
+
+def _differences(first, found):
+    """{network: rows of compare.compare}: the first network minus each other."""
+    differences = {}
+    for name, values in found.items():
+        seeds = found.get(first, {"tables": {}})["tables"].keys() & values["tables"].keys()
+        if name == first or not seeds:
+            continue
+        ours, theirs = (
+            _over_seeds([found[one]["tables"][seed] for seed in sorted(seeds)])
+            for one in (first, name)
+        )
+        differences[name] = {
+            "seeds": sorted(seeds),
+            "regions": {row["region"]: row for row in compare.compare(theirs, ours, ["dice"])},
+        }
+    return differences
+
+
+def _over_seeds(evaluations):
+    """Dice of each case and region, and of their mean, averaged over seeds."""
+    averaged = {}
+    for key in evaluations[0]:
+        averaged[key] = statistics.mean(one[key]["dice"] for one in evaluations)
+    for case in dict.fromkeys(case for case, _ in averaged):
+        own = [dice for (of, _), dice in averaged.items() if of == case]
+        averaged[case, MEAN] = statistics.mean(own)
+        if len(own) < 2:  # one region is its own mean
+            del averaged[case, MEAN]
+    return {key: {"dice": dice} for key, dice in averaged.items()}
+
+
+def _means(evaluation):
+    """Mean Dice over the cases by region, then their mean."""
+    means = {}
+    for region in dict.fromkeys(region for _, region in evaluation):
+        own = [values["dice"] for (_, of), values in evaluation.items() if of == region]
+        means[region] = statistics.mean(own)
+    return means | {MEAN: statistics.mean(means.values())}
+
+
+def mean_dice(folder):
+    """{region: mean Dice, "mean": over the regions} of an evaluated run."""
+    return _means(compare.read(folder))
+
+
+def words(dice):
+    """Dice by region as text."""
+    return "  ".join(f"{name} {value:.3f}" for name, value in dice.items())
+
+
+def cost(folder, name):
+    """{"framework", "parameters", "gmac": 1e9 multiplications of a crop forward} of a run."""
+    if name not in MIXERS:
+        about = _read(folder / "network.json")
+        return {key: about[key] for key in ("framework", "parameters", "gmac")}
+    config = config_lib.load(folder)
+    records = Records(config.data.records)
+    network = Network(config, modalities=records.modalities, regions=records.regions)
+    params = abstract_state(network)["params"]
+    crop = jax.ShapeDtypeStruct((1, len(records.modalities), *network.patch), jnp.float32)
+    return {
+        "framework": f"JAX {jax.__version__}",
+        "parameters": num_parameters(params),
+        "gmac": counting.total(counting.macs(segment_step(network), params, crop)) / 1e9,
+    }
+
+
+def table(summary):
+    """Lines of Markdown."""
+    first, networks = summary["first"], summary["networks"]
+    regions = [name for name in next(iter(networks.values()))["dice"] if name != MEAN]
+    heads = [
+        "network", "framework", "parameters, M", "GMAC per crop", "steps/s", "steps", "minutes",
+        *(f"Dice {name}" for name in regions), "mean Dice", "by seed",
+        f"{first} minus it, mean Dice (95 %)",
+    ]  # fmt: skip
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for name, values in networks.items():
+        seeds = [seed["dice"][MEAN] for seed in values["seeds"].values()]
+        cells = [
+            name,
+            values["framework"],
+            f"{values['parameters'] / 1e6:.2f}",
+            f"{values['gmac']:.1f}",
+            _number(values["steps_per_s"], 2),
+            f"{values['steps']:.0f}",
+            _number(values["minutes"], 1),
+            *(f"{values['dice'][region]:.3f}" for region in regions),
+            f"{values['dice'][MEAN]:.3f}",
+            ", ".join(f"{dice:.3f}" for dice in seeds),
+            _difference(summary["differences"].get(name)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    leaked = next(iter(networks.values()))["trained_on"]
+    if leaked:
+        lines += ["", f"**{len(leaked)} of the cases were trained on.**"]
+    cases, facts = next(iter(networks.values()))["cases"], summary["machine"]
+    versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
+    return [
+        *lines,
+        "",
+        f"Budget {summary['budget']}, {cases} cases. GMAC: forward, batch 1. {CLOCK[0].upper()}"
+        f"{CLOCK[1:]}. {INTERVAL[0].upper()}{INTERVAL[1:]}. {facts['date']}, {facts['cores']} "
+        f"cores of {facts['cpu']}, {versions}.",
+    ]
+
+
+def figure(summary):
+    """Mean Dice of every seed, and what the first network has ahead of the others."""
+    networks, differences = summary["networks"], summary["differences"]
+    drawn = Figure(figsize=(9, 1.6 + 0.5 * len(networks)), layout="constrained")
+    left, right = drawn.subplots(1, 2, sharey=True)
+    for place, (name, values) in enumerate(networks.items()):
+        seeds = [seed["dice"][MEAN] for seed in values["seeds"].values()]
+        left.plot(seeds, [place] * len(seeds), "o", color=plots.COLOURS[5])
+        left.plot([values["dice"][MEAN]], [place], "D", color=plots.COLOURS[1])
+        if name in differences:
+            row = _mean_row(differences[name])
+            if row["low"] is not None:
+                right.plot([row["low"], row["high"]], [place] * 2, color=plots.COLOURS[1])
+            right.plot([row["difference"]], [place], "D", color=plots.COLOURS[1])
+    left.set_yticks(range(len(networks)), list(networks))
+    left.invert_yaxis()
+    left.set_xlabel("mean Dice (dots: seeds; diamond: their mean)")
+    right.axvline(0, color="grey", linewidth=0.8)
+    right.set_xlabel(f"{summary['first']} minus it, 95 % over cases")
+    drawn.suptitle(f"{summary['budget']} each", fontsize=10)
+    return drawn
+
+
+def machine():
+    """{"cpu", "cores", "versions", "date"} of this process."""
+    info = pathlib.Path("/proc/cpuinfo")
+    named = info.read_text().splitlines() if info.is_file() else []
+    models = [line.partition(":")[2].strip() for line in named if line.startswith("model name")]
+    versions = {"Python": platform.python_version()}
+    for package in ("jax", "torch", "monai"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _difference(difference):
+    if difference is None:
+        return "-"
+    row = _mean_row(difference)
+    interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
+    return f"{row['difference']:+.3f}{interval}"
+
+
+def _mean_row(difference):
+    regions = difference["regions"]
+    return regions.get(MEAN) or next(iter(regions.values()))
+
+
+def _number(value, decimals):
+    return "-" if value != value else f"{value:.{decimals}f}"  # NaN: too short to be timed
+
+
+def _evaluated(folder):
+    file = folder / "eval" / "summary.json"
+    return file.is_file() and not _read(file)["failed"] and (folder / "eval/metrics.csv").is_file()
+
+
+def _read(path):
+    return json.loads(path.read_text())

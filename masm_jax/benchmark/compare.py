@@ -1,0 +1,264 @@
+"""Measure our networks and peers in PyTorch on this machine: time, memory, compilation.
+
+    python -m masm_jax.benchmark compare --networks=masm_base,dynunet --output=runs/speed
+
+Same shapes, dtype, threads and allocator for both frameworks, every network in a process of its
+own; in each round all are measured, in alternating order. Inference gives logits in float32. A
+training step is forward, Dice and cross-entropy, backward, clipping, AdamW; ours is that of
+train.py, which has deep supervision, averaged weights and metrics besides, peers have one head.
+Input and targets are on the device already. Stopped, the same command goes on. OUTPUT gets
+comparison.json, report.md and plots. Peers need torch, most also MONAI (`make bench-env`).
+"""
+
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+from masm_jax import runtime
+from masm_jax.benchmark import flops, pareto, peers, ranking
+from masm_jax.benchmark.store import Item, Store, item_of
+from masm_jax.files import replacing
+
+MODES = ("infer", "train")
+TORCH_VARIANTS = ("eager", "compile", "contiguous")
+# May not differ between the start of a comparison and its continuation.
+FIXED = ("patch", "batch", "dtype", "threads", "device", "seconds", "config")
+
+
+def add_arguments(parser):
+    """Flags of the command."""
+    parser.add_argument(
+        "--networks", default="all", metavar="A,B", help=f"all, or of {', '.join(peers.NETWORKS)}"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--patch", type=int, default=128, help="edge of a patch in voxels (128)")
+    parser.add_argument("--batch", type=int, default=1, help="patches per call (1)")
+    parser.add_argument("--mode", default="infer,train", help="infer, train, or both (both)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument(
+        "--variants", default="eager,compile", metavar="A,B",
+        help="of torch: eager and compile, both channels last; contiguous (eager,compile)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="cores (0: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="(5)")
+    parser.add_argument(
+        "--seconds", type=float, default=10, help="per network and round, 3 calls at least (10)"
+    )
+    parser.add_argument(
+        "--resident", action="store_true",
+        help="keep all processes between rounds: no start-up, but all memory at once, and\n"
+        "the peak of a process is then that of its compilation too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", default="configs/masm_brats.py", metavar="FILE",
+        help="of our networks; size and mixers are the network's",
+    )  # fmt: skip
+
+
+def run(args):
+    """Exit code of the command: 3 where a network has no numbers, 75 stopped.
+
+    Raises:
+      ValueError: a flag is wrong, or OUTPUT holds another comparison.
+    """
+    chosen, todo = _checked(args)
+    runtime.start(cache=False)
+    store = Store(pathlib.Path(args.output), {name: getattr(args, name) for name in FIXED})
+    with runtime.StopSignal() as stop:
+        finished = measure_all(todo, args, store, stop)
+    if not finished:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return runtime.EXIT_STOPPED
+    missing = {name: entry for name, entry in chosen.items() if name not in store.counts}
+    counts, _ = flops.count_all(missing, patch=args.patch, config=args.config, xla=False)
+    store.counts.update(counts)
+    store.write()
+    report(store, todo)
+    return runtime.EXIT_SOME_FAILED if store.failed(todo) else 0
+
+
+def _checked(args):
+    """({name: network}, [Item]) of the flags."""
+    chosen = peers.chosen(args.networks)
+    for name in ("patch", "batch", "rounds"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}={getattr(args, name)}: expected 1 or more")
+    if args.seconds < 0:
+        raise ValueError(f"--seconds={args.seconds:g}: expected 0 or more")
+    modes = _some("mode", args.mode, MODES)
+    variants = _some("variants", args.variants, TORCH_VARIANTS)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if not 0 <= args.threads <= cores:
+        raise ValueError(f"--threads={args.threads}: expected 1 to {cores}, the cores, or 0: all")
+    args.threads = args.threads or cores
+    if not pathlib.Path(args.config).is_file():
+        raise ValueError(f"--config={args.config}: no such file")
+    todo = [
+        Item(name, variant, mode)
+        for name, entry in chosen.items()
+        for variant in (variants if entry.framework == "torch" else ("jit",))
+        for mode in modes
+    ]
+    return chosen, todo
+
+
+def _some(flag, text, known):
+    words = [word for word in text.split(",") if word]
+    if not words or set(words) - set(known):
+        raise ValueError(f"--{flag}={text}: expected some of {','.join(known)}")
+    return words
+
+
+def measure_all(todo, args, store, stop):
+    """Round after round, there and back; what is in the store is not measured again.
+
+    Args:
+      todo: Items.
+      args: of the command line.
+      store: Store, written after every measurement.
+      stop: true when it is time to leave.
+
+    Returns:
+      whether all was measured.
+    """
+    plan = [
+        (number, item)
+        for number in range(args.rounds)
+        for item in (reversed(todo) if number % 2 else todo)
+        if not any(found["round"] == number for found in store.of(item))
+    ]
+    logger, workers = logging.getLogger("masm_jax"), {}
+    try:
+        for place, (number, item) in enumerate(plan):
+            if stop:
+                return False
+            if " ".join(item) in store.failures:
+                continue
+            began = time.monotonic()
+            worker = workers.pop(item, None) or Worker(item, args)
+            try:
+                found = worker.measure(args.seconds)
+            except RuntimeError as error:
+                worker.close()
+                store.failures[" ".join(item)] = str(error)
+                store.write()
+                logger.info("round %d of %d: %s: %s", number + 1, args.rounds, _named(item), error)
+                continue
+            if args.resident:
+                workers[item] = worker
+            else:
+                worker.close()
+            store.versions[peers.NETWORKS[item.network].framework] = found.pop("versions")
+            wall = time.monotonic() - began
+            store.results.append(item._asdict() | {"round": number} | found | {"wall": wall})
+            store.write()
+            left = _left(plan[place + 1 :], store)
+            logger.info(
+                "round %d of %d: %s: %.4g s a call; about %.0f min left",
+                number + 1, args.rounds, _named(item), found["median"], left / 60,
+            )  # fmt: skip
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return True
+
+
+def _left(plan, store):
+    """Seconds that the rest takes: as long as before, the mean where there is no before."""
+    mean = sum(found["wall"] for found in store.results) / len(store.results)
+    known = {item_of(found): found["wall"] for found in store.results}
+    return sum(known.get(item, mean) for _, item in plan if " ".join(item) not in store.failures)
+
+
+def _named(item):
+    return f"{item.network} ({item.variant}), {item.mode}"
+
+
+class Worker:
+    """A process that measures one item.
+
+    Args:
+      item: Item.
+      args: of the command line.
+    """
+
+    def __init__(self, item, args):
+        folder = pathlib.Path(args.output).absolute()
+        job = item._asdict() | {name: getattr(args, name) for name in FIXED}
+        self._log = folder / "logs" / f"{'-'.join(item)}.txt"
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        words = [sys.executable, "-m", "masm_jax.benchmark.worker", json.dumps(job)]
+        with open(self._log, "w") as log:
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=os.environ | environment(folder / "cache", args),
+                start_new_session=True,  # Ctrl-C is for the command: a measurement is finished
+            )  # fmt: skip
+
+    def measure(self, seconds):
+        """What ``worker.measure`` says, and "peak" (bytes) and "versions".
+
+        Raises:
+          RuntimeError: it failed; why.
+        """
+        line = ""
+        try:
+            self._process.stdin.write(f"{seconds}\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            pass  # it is gone; what it said is below
+        line = line or self._process.stdout.readline()
+        found = json.loads(line) if line else {"error": self._death()}
+        if "error" in found:
+            raise RuntimeError(found["error"])
+        return found
+
+    def _death(self):
+        code = self._process.wait()
+        if code == -9:
+            return "killed, most likely for want of memory"
+        return f"its process ended with code {code}; see {self._log}"
+
+    def close(self):
+        """End the process, and wait for it."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                pass
+        self._process.wait()
+
+
+def environment(cache, args):
+    """Environment of the workers: cores, caches of compiled programs, one allocator for both.
+
+    glibc keeps freed memory, as ``runtime.start`` has it for training; here for both frameworks.
+    """
+    platforms = "cuda,cpu" if args.device == "cuda" else "cpu"
+    return {
+        "OMP_NUM_THREADS": str(args.threads),
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "JAX_PLATFORMS": platforms,
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch"),
+    }
+
+
+def report(store, todo):
+    """Print the tables, write them to OUTPUT/report.md, and draw the plots."""
+    rows = ranking.rows(store.results, store.counts, store.settings)
+    text = "\n".join(ranking.words(rows, store, store.failed(todo))) + "\n"
+    with replacing(store.folder / "report.md") as temporary:
+        temporary.write_text(text)
+    if rows:
+        pareto.draw(rows, store.folder)
+    print(text, end="")

@@ -1,0 +1,125 @@
+"""Our networks: counted, and as calls that a clock can be held to.
+
+Importing this imports JAX.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from masm_jax import config as config_lib
+from masm_jax import plan, sharding, steps
+from masm_jax.benchmark import counting, program
+from masm_jax.data.conventions import MODALITIES, REGIONS
+from masm_jax.state import Network, abstract_state, init_state, num_parameters
+
+VARIANTS = {"jit": "XLA"}
+
+
+def network(ours, *, patch, batch, dtype, config):
+    """Network of a peers.Ours; augmentation none, nothing computed again on the way back.
+
+    Args:
+      ours: peers.Ours.
+      patch: edge in voxels.
+      batch: B.
+      dtype: "float32" or "bfloat16".
+      config: path of the config that the changes are made to.
+
+    Raises:
+      ValueError: no such config, or the network cannot have such patches.
+    """
+    settings = program.load_config(config, [])
+    fixed = {"augment": "none", "model.remat": "none", "accumulate": 1}
+    chosen = {"patch": patch, "batch_size": batch, "model.dtype": dtype}
+    settings.update_from_flattened_dict(fixed | chosen | ours.changes)
+    config_lib.validate(settings)
+    return Network(settings, modalities=MODALITIES, regions=REGIONS)
+
+
+def count(ours, *, patch, config, xla=True):
+    """Parameters and multiply-adds at 1 x 4 x patch^3; nothing is compiled or run.
+
+    Args:
+      ours: peers.Ours.
+      patch: edge in voxels.
+      config: path of the config that the changes are made to.
+      xla: also ask XLA for its count, which takes as long again.
+
+    Returns:
+      {"parameters", "forward", "train"}: ints; "train" is the whole training step. "moved": {the
+      same two: multiply-adds that only move voxels, not counted}; "places": {the same two: {part
+      and level of the network: multiply-adds}}; and "xla": {the same two: FLOPs}.
+    """
+    built = network(ours, patch=patch, batch=1, dtype="float32", config=config)
+    state = abstract_state(built)
+    image = jax.ShapeDtypeStruct((1, 4, *built.patch), jnp.float32)
+    label = jax.ShapeDtypeStruct((1, *built.patch), jnp.uint8)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = {"image": image, "label": label}
+    calls = {
+        "forward": (steps.segment_step(built), state["params"], image),
+        "train": (steps.train_step(built), state, batch, key),
+    }
+    found = {"parameters": num_parameters(state["params"]), "moved": {}, "places": {}, "xla": {}}
+    for name, (function, *arguments) in calls.items():
+        counts = counting.macs(function, *arguments)
+        found[name], found["moved"][name] = counting.total(counts), counts["resample"]
+        found["places"][name] = counting.by_place(function, *arguments)
+        if xla:
+            cost = jax.jit(function).lower(*arguments).cost_analysis()
+            found["xla"][name] = int(cost["flops"])
+    return found
+
+
+def prepare(ours, *, patch, batch, dtype, mode, config, device):
+    """One call of the network, its input on the device already.
+
+    Inference: logits in float32. Training: the step of train.py as it is, without augmentation:
+    deep supervision, Dice and cross-entropy, backward, clipping, AdamW, averaged weights, metrics.
+
+    Args:
+      ours: peers.Ours.
+      patch: edge in voxels.
+      batch: B.
+      dtype: "float32" or "bfloat16".
+      mode: "infer" or "train".
+      config: path of the config that the changes are made to.
+      device: "cpu" or "cuda".
+
+    Returns:
+      a function without arguments that returns when its work is done.
+    """
+    mesh = sharding.make_mesh(jax.devices(device)[:1])
+    built = network(ours, patch=patch, batch=batch, dtype=dtype, config=config).on(mesh)
+    everywhere = sharding.replicated(mesh)
+    params = jax.device_put(built.init(0), everywhere)
+    random = np.random.default_rng(0)
+    image = random.standard_normal((batch, 4, *built.patch), np.float32)
+    if mode == "infer":
+        tiles = jax.device_put(image, everywhere)
+        segment = jax.jit(steps.segment_step(built))
+        return lambda: jax.block_until_ready(segment(params, tiles))
+
+    label = (random.random((batch, *built.patch)) < 0.05).astype(np.uint8)
+    data = jax.device_put({"image": image.astype(np.float16), "label": label}, everywhere)
+    step, key = plan.step_function(built, mesh), jax.device_put(jax.random.key(0), everywhere)
+    state = jax.jit(lambda params: init_state(built, params), out_shardings=everywhere)(params)
+
+    def train():
+        nonlocal state
+        state, metrics = step(state, data, key)
+        jax.block_until_ready((state, metrics))
+
+    return train
+
+
+def peak_bytes(device):
+    """Most bytes that were in use on the device; None on a CPU, where the process is asked."""
+    return None if device == "cpu" else jax.devices(device)[0].memory_stats()["peak_bytes_in_use"]
+
+
+def versions(device):
+    """{"jax", "jaxlib", "device"}."""
+    found = {name: program.versions()[name] for name in ("jax", "jaxlib")}
+    return found if device == "cpu" else found | {"device": jax.devices(device)[0].device_kind}

@@ -1,0 +1,69 @@
+"""What a comparison has measured, on disk after every measurement."""
+
+import collections
+import json
+import os
+import pathlib
+import platform
+
+from masm_jax.files import replacing
+
+Item = collections.namedtuple("Item", "network variant mode")
+
+
+class Store:
+    """What was measured, in OUTPUT/comparison.json.
+
+    Attributes:
+      folder: OUTPUT.
+      settings: {name: value} of FIXED.
+      results: dicts with the fields of Item, "round", "first", "median", "calls", "peak", "wall".
+      failures: {"network variant mode": reason}; those of a run before are tried again.
+      counts: {network: count of flops.count_all}.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder, self.settings = folder, settings
+        self.results, self.failures, self.counts, self.versions = [], {}, {}, {}
+        file = folder / "comparison.json"
+        if file.is_file():
+            before = json.loads(file.read_text())
+            other = {
+                name: value for name, value in before["settings"].items() if settings[name] != value
+            }
+            if other:
+                said = ", ".join(f"--{name}={value}" for name, value in other.items())
+                raise ValueError(f"{file} was measured with {said}; expected the same, or another "
+                                 f"--output")  # fmt: skip
+            self.results, self.counts = before["results"], before["counts"]
+            self.versions = before["versions"]
+
+    def of(self, item):
+        """Results of an item, a dict per round."""
+        return [found for found in self.results if item_of(found) == item]
+
+    def failed(self, todo):
+        """{Item: reason} of those items that failed."""
+        return {item: self.failures[" ".join(item)] for item in todo
+                if " ".join(item) in self.failures}  # fmt: skip
+
+    def write(self):
+        """All of it, at once."""
+        found = {"settings": self.settings, "machine": machine(), "versions": self.versions}
+        found |= {"counts": self.counts, "failures": self.failures, "results": self.results}
+        with replacing(self.folder / "comparison.json") as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def item_of(found):
+    """The Item that a result is of."""
+    return Item(*(found[name] for name in Item._fields))
+
+
+def machine():
+    """{"processor", "cores", "system", "python"}."""
+    file = pathlib.Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found = {"processor": names[0] if names else platform.processor(), "cores": os.cpu_count()}
+    return found | {"system": platform.platform(), "python": platform.python_version()}

@@ -1,0 +1,216 @@
+"""Dice at equal budget: budgets and tables by hand, the command on phantoms."""
+
+import argparse
+import csv
+import json
+import math
+import subprocess
+import types
+
+import pytest
+
+from masm_jax import runtime
+from masm_jax.benchmark import __main__ as benchmark
+from masm_jax.benchmark import accuracy, accuracy_report, study
+from masm_jax.benchmark.study import Budget, Fold, Run
+from tests.conftest import CASES
+
+TINY, BROKEN = "tests.benchmark.tiny_torch:build", "tests.benchmark.tiny_torch:broken"
+SMALL = (
+    "--config=configs/masm_demo.py", "--set=patch=16", "--set=optim.warmup_steps=1",
+    "--set=log.every=1", "--set=batch_size=2", "--calibration_steps=6",
+)  # fmt: skip
+
+# ---------------------------------------------------------------- by hand
+
+
+def test_budgets():
+    assert Budget.parse("minutes:2.5").steps(0.1) == 15  # 150 s
+    assert Budget.parse("minutes:0.001").steps(0.1) == 1
+    assert Budget.parse("steps:400").steps(None) == 400
+    assert str(Budget.parse("minutes:10")) == "minutes-10"
+    for wrong in ("10", "hours:1", "steps:0", "steps:1.5", "minutes:-1", "minutes:nan", "steps:"):
+        with pytest.raises(ValueError, match=f"--budget={wrong}: expected such as"):
+            Budget.parse(wrong)
+
+
+def test_the_rate_is_of_the_intervals_after_the_first(tmp_path):
+    lines = [{"step": i, "time/steps_per_s": rate} for i, rate in enumerate((0.1, 2, 9, 3), 1)]
+    lines.insert(2, {"step": 2, "val/dice": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert study.training_rate(tmp_path) == 3
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
+    assert math.isnan(study.training_rate(tmp_path))
+
+
+def evaluated(folder, dice, *, step=4):
+    """A run that is done, with Dice of two regions per case."""
+    (folder / "eval").mkdir(parents=True)
+    (folder / "eval" / "summary.json").write_text(json.dumps({"step": step, "failed": {}}))
+    (folder / "network.json").write_text(
+        json.dumps({"framework": "PyTorch", "parameters": 2_000_000, "gmac": 1.5})
+    )
+    line = json.dumps({"step": 1, "time/steps_per_s": 0.5}) + "\n"
+    (folder / "metrics.jsonl").write_text(line * 2)
+    with open(folder / "eval" / "metrics.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["case", "region", "dice"])
+        for case, (whole, core) in dice.items():
+            writer.writerows([[case, "WT", whole], [case, "TC", core]])
+
+
+def test_differences_are_paired_by_case_and_averaged_over_seeds(tmp_path):
+    budget = Budget.parse("steps:4")
+    runs = [Run(budget, s, n, Fold(f, "")) for s in (0, 1) for n in "ab" for f in ("k0", "k1")]
+    whole = study.Study(
+        tmp_path, config="", records="", test_records=None, given=[], calibration_steps=6
+    )
+    for run in runs:
+        gain = {"a": 0.2, "b": 0.1 * run.seed}[run.network]
+        case, base = {"k0": ("x", 0.3), "k1": ("y", 0.5)}[run.fold.folder]
+        if (run.seed, run.network, run.fold.folder) != (1, "a", "k1"):  # that one is not done
+            evaluated(whole.folder(run), {case: (base + gain, base + gain)})
+    lines = accuracy_report.write(whole, runs, about={})
+    summary = json.loads((tmp_path / "steps-4" / "summary.json").read_text())
+    a, b = summary["networks"].values()
+    assert list(a["seeds"]) == ["0"] and list(b["seeds"]) == ["0", "1"]
+    assert a["dice"] == pytest.approx({"WT": 0.6, "TC": 0.6, "mean": 0.6})
+    assert b["dice"]["mean"] == pytest.approx(0.45) and b["cases"] == 2
+    assert a["minutes"] == pytest.approx(4 / 0.5 / 60)
+    difference = summary["differences"]["b"]
+    assert difference["seeds"] == [0] and list(difference["regions"]) == ["WT", "TC", "mean"]
+    row = difference["regions"]["mean"]
+    assert [row[key] for key in ("difference", "low", "high")] == pytest.approx([0.2] * 3)
+    assert "| b | PyTorch | 2.00 | 1.5 | 0.50 | 4 | 0.1 |" in "\n".join(lines)
+    assert "+0.200 [+0.200, +0.200]" in (tmp_path / "steps-4" / "table.md").read_text()
+    assert (tmp_path / "steps-4" / "dice.svg").is_file()
+
+    # With the missing fold both seeds count: (0.2 + 0.2) / 2 - (0 + 0.1) / 2.
+    evaluated(whole.folder(runs[5]), {"y": (0.7, 0.7)})
+    accuracy_report.write(whole, runs, about={})
+    summary = json.loads((tmp_path / "steps-4" / "summary.json").read_text())
+    assert summary["differences"]["b"]["regions"]["WT"]["difference"] == pytest.approx(0.15)
+
+
+def test_pairs_hold_out_every_case_once(records, tmp_path):
+    args = types.SimpleNamespace(records=records, test_records=None, split=["pairs"])
+    folds = accuracy._folds(args, tmp_path)
+    assert [(fold.folder, fold.rule) for fold in folds] == [("fold-0", "0/2"), ("fold-1", "1/2")]
+    args = types.SimpleNamespace(records=records, test_records=records, split=[])
+    (fold,) = accuracy._folds(args, tmp_path)
+    assert json.loads((tmp_path / "split.json").read_text())["train"] == CASES
+    assert fold.folder == ""
+
+
+def test_the_time_left_goes_by_what_the_same_network_took():
+    budget = Budget.parse("minutes:60")
+    runs = [Run(budget, 0, network, Fold("", "")) for network in "abc"]
+    assert accuracy._left(runs, {}) == "3:00 h"
+    took = {(budget, "a"): [7200], (budget, "b"): [3600]}
+    assert accuracy._left(runs, took) == "4:30 h"
+    assert accuracy._left([Run(Budget.parse("steps:2"), 0, "a", Fold("", ""))], {}) is None
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def bench(command_line):
+    """Runs the command: bench("--flag=value", code=0) -> result; torch is not hidden here."""
+    start, options = command_line
+    environment = options["env"] | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+
+    def run(*words, code=0):
+        result = subprocess.run(
+            [*start, "-m", "masm_jax.benchmark", "accuracy", *map(str, words)],
+            **options | {"env": environment}, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+        assert result.returncode == code, f"{result.stdout}\n{result.stderr}"
+        return result
+
+    return run
+
+
+def test_from_records_to_a_table(bench, records, tmp_path):
+    """Ours, one in PyTorch and one that fails; then what is done is not done again."""
+    output = tmp_path / "study"
+    flags = [
+        *SMALL, f"--records={records}", f"--split=holdout:{CASES[3]}", f"--output={output}",
+        "--seeds=0", "--budget=steps:2",
+    ]  # fmt: skip
+    said = bench(*flags, f"--networks=unet,{TINY},{BROKEN}", code=runtime.EXIT_SOME_FAILED)
+    name = TINY.replace(":", ".")
+    assert (
+        f"failed: {BROKEN} seed 0: masm_jax.benchmark.torch_train ended with code 1" in said.stderr
+    )
+    assert "broken on purpose" in said.stderr
+    summary = json.loads((output / "steps-2" / "summary.json").read_text())
+    assert list(summary["networks"]) == ["unet", TINY]
+    assert summary["networks"]["unet"]["framework"].startswith("JAX")
+    assert summary["networks"][TINY]["parameters"] == 4 * 4 * 27 + 4 + 4 * 3 + 3
+    gmac = (4 * 4 * 27 + 4 * 3) * 16**3 / 1e9
+    assert summary["networks"][TINY]["gmac"] == pytest.approx(gmac)
+    assert "mean" in summary["differences"][TINY]["regions"]
+    evaluations = [output / "steps-2" / one / "seed-0" / "eval" for one in ("unet", name)]
+    heads, cases = set(), set()
+    for folder in evaluations:
+        with open(folder / "metrics.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        heads.add(tuple(rows[0])[:4])
+        cases |= {row["case"] for row in rows}
+        assert (folder / "predictions" / f"{CASES[3]}.nii.gz").is_file()
+        assert (folder / "report.html").is_file()
+    assert heads == {("case", "region", "dice", "hd95")} and cases == {CASES[3]}
+
+    again = bench(*flags, f"--networks=unet,{TINY}")
+    assert again.stdout.count("done before") == 2 and "| unet | JAX" in again.stdout
+    other = bench(*flags, f"--networks=unet,{TINY}", "--set=augment=swin", code=1)
+    assert "is another study: given" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_equal_minutes_follow_a_calibration(bench, records, tmp_path):
+    flags = [
+        *SMALL, f"--records={records}", f"--test_records={records}", "--seeds=1",
+        f"--networks={TINY}", f"--output={tmp_path}",
+    ]  # fmt: skip
+    said = bench(*flags, "--budget=minutes:1", "--dry_run").stdout
+    assert f"{TINY}: " in said and "1 minutes, 1 trainings of each network" in said
+    assert not (tmp_path / "minutes-1").exists()
+    said = bench(*flags, "--budget=minutes:0.001").stdout
+    assert "**4 of the cases were trained on.**" in said  # they are the same records here
+    rate = study.training_rate(tmp_path / "calibration" / TINY.replace(":", "."))
+    steps = max(1, int(0.06 * rate))
+    assert f"seed 1: {steps} steps" in said
+    (result,) = json.loads((tmp_path / "minutes-0.001" / "summary.json").read_text())[
+        "networks"
+    ].values()
+    assert (result["steps"], result["cases"]) == (steps, 4)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--networks=masm,other"], "network 'other': expected one of"),
+        (["--networks=masm,masm"], "--networks=masm,masm: expected names, each once"),
+        (["--seeds=0,x"], "--seeds=0,x: expected whole numbers"),
+        (["--budget=hours:1"], "--budget=hours:1"),
+        (["--set=seed=3"], "--set seed=3: expected KEY=VALUE, and none of seed"),
+        (["--config=absent.py"], "--config=absent.py: no such file"),
+        (["--split=9/9"], "split 9/9"),
+        (["--split=0/2", "--test_records=x"], "and not both"),
+        (["--calibration_steps=2"], "--calibration_steps: expected 6 or more"),
+    ],
+)
+def test_an_error_is_one_line(records, tmp_path, capsys, flags, words):
+    given = ["accuracy", f"--records={records}", f"--output={tmp_path}", "--networks=masm"]
+    if not any(flag.startswith("--split") for flag in flags):
+        given.append("--split=0/2")
+    assert benchmark.main([*given, *flags]) == 1
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_help_can_be_formatted():
+    parser = argparse.ArgumentParser()
+    accuracy.add_arguments(parser)
+    assert "--networks" in parser.format_help()

@@ -1,0 +1,189 @@
+"""The comparison: two small networks through the command; stopping, failing, going on."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from masm_jax.benchmark import pareto, ranking, worker
+from masm_jax.benchmark.__main__ import main
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+QUICK = ["--patch=32", "--rounds=1", "--seconds=0", "--threads=1", "--variants=eager"]
+
+
+def compared(folder, *words, code):
+    """The command in a process of its own, as users start it; compiled quickly."""
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    said = subprocess.run(
+        [sys.executable, "-m", "masm_jax.benchmark", "compare", f"--output={folder}", *words],
+        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert said.returncode == code, said.stdout + said.stderr
+    return said, json.loads((folder / "comparison.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Folder, output and results of one U-Net in two frameworks, and a peer that is not there."""
+    pytest.importorskip("torch", reason="the peers need torch: requirements-test.txt")
+    folder = tmp_path_factory.mktemp("comparison")
+    words = ["--networks=unet_tiny,unet_tiny_torch", "--mode=infer"]
+    return folder, *compared(folder, *QUICK, *words, code=0)
+
+
+def test_both_frameworks_are_measured(small):
+    folder, said, found = small
+    results = {each["network"]: each for each in found["results"]}
+    assert set(results) == {"unet_tiny", "unet_tiny_torch"} and not found["failures"]
+    for each in results.values():
+        assert 0 < each["median"] < each["first"] and each["calls"] >= worker.LEAST_CALLS
+        assert 1e6 < each["peak"] < 4e9
+    own, other = (found["counts"][name] for name in ("unet_tiny", "unet_tiny_torch"))
+    assert own["forward"] == other["forward"] and own["parameters"] == other["parameters"]
+    for name in ("report.md", "speed.png", "speed.svg", "memory.png", "memory.svg"):
+        assert (folder / name).stat().st_size > 500
+    assert (folder / "report.md").read_text() == said.stdout
+    assert "| unet_tiny_torch | torch, eager |" in said.stdout
+    assert "Published by others, not measured here" in said.stdout
+    assert "round 1 of 1: unet_tiny (jit), infer" in said.stderr and "min left" in said.stderr
+
+
+def test_what_is_there_is_not_measured_again_and_what_fails_is_named(small):
+    """Another round alone; training at 16^3, where torch has no norm of the one lowest voxel."""
+    folder, _, before = small
+    again = [word for word in QUICK if "rounds" not in word]
+    words = ["--networks=unet_tiny_torch,dynunet", "--mode=infer", "--rounds=2"]
+    said, after = compared(folder, *again, *words, code=3)
+    assert after["results"][:2] == before["results"]
+    assert [(each["network"], each["round"]) for each in after["results"][2:]] == [
+        ("unet_tiny_torch", 1)
+    ]
+    # 32^3 is one voxel at the lowest level of DynUNet; or MONAI is not installed.
+    (reason,) = [line for line in said.stdout.splitlines() if line.startswith("- dynunet")]
+    assert "make bench-env" in reason or "more than 1 spatial element" in reason
+
+
+def test_another_comparison_is_not_mixed_with_it(small, capsys):
+    folder, *_ = small
+    words = ["compare", f"--output={folder}", *QUICK, "--networks=unet_tiny", "--batch=2"]
+    assert main(words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--batch=1" in line and "another --output" in line
+
+
+@pytest.mark.parametrize("name", ["unet_tiny", "unet_tiny_torch"])
+def test_a_training_step_can_be_called_again(name, quick_training):
+    """Twice: the state of the first call is what the second starts from."""
+    call = quick_training(name)
+    assert worker.measure(call, 0.0)["calls"] == worker.LEAST_CALLS
+
+
+@pytest.fixture
+def quick_training():
+    from masm_jax.benchmark import jax_side, peers
+
+    def prepare(name):
+        entry = peers.NETWORKS[name]
+        size = dict(patch=32, batch=1, dtype="bfloat16", mode="train", device="cpu")
+        if entry.framework == "jax":
+            return jax_side.prepare(entry, config="configs/masm_brats.py", **size)
+        pytest.importorskip("torch", reason="the peers need torch: requirements-test.txt")
+        from masm_jax.benchmark import torch_side
+
+        return torch_side.prepare(entry, variant="contiguous", **size)
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--networks=swin"], "swin is not known"),
+        (["--mode=predict"], "--mode=predict"),
+        (["--variants=fast"], "--variants=fast"),
+        (["--rounds=0"], "--rounds=0"),
+        (["--threads=4096"], "--threads=4096"),
+        (["--config=none.py"], "none.py"),
+    ],
+)
+def test_wrong_flags_are_one_line(words, said, tmp_path, capsys):
+    assert main(["compare", f"--output={tmp_path}", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+def test_a_process_that_dies_is_a_reason(tmp_path, monkeypatch):
+    from masm_jax.benchmark import compare
+
+    parser = __import__("argparse").ArgumentParser()
+    compare.add_arguments(parser)
+    args = parser.parse_args([f"--output={tmp_path}", "--threads=1"])
+    monkeypatch.setattr(compare.sys, "executable", "/bin/false")
+    dead = compare.Worker(compare.Item("unet_tiny", "jit", "infer"), args)
+    with pytest.raises(RuntimeError, match="ended with code 1"):
+        dead.measure(0.0)
+    dead.close()
+
+
+def test_the_clock():
+    """Calls of 2 s, the first of 10 s: for 5 s that is three calls, of 7 s four."""
+    ticks = []
+
+    def clock():
+        return sum(ticks)
+
+    def call():
+        ticks.append(2.0 if ticks else 10.0)
+
+    assert worker.measure(call, 5.0, clock=clock) == {"first": 10.0, "median": 2.0, "calls": 3}
+    assert worker.measure(call, 7.0, warm=True, clock=clock) == {
+        "first": None, "median": 2.0, "calls": 4,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- from numbers to a table
+
+
+def result(network, variant, median, first=None, mode="infer", peak=2e9):
+    found = {"network": network, "variant": variant, "mode": mode, "round": 0}
+    return found | {"median": median, "first": first, "peak": peak, "calls": 3, "wall": 9.0}
+
+
+COUNTS = {
+    "masm_base": {"parameters": 20e6, "forward": 50e9, "train": 150e9},
+    "dynunet": {"parameters": 30e6, "forward": 500e9, "train": 1500e9},
+    "unet_base_torch": {"parameters": 10e6, "forward": 40e9, "train": 120e9},
+}
+
+
+def test_medians_and_ratios_by_hand():
+    results = [
+        result("masm_base", "jit", 2.0, first=12.0, peak=5e9),
+        result("masm_base", "jit", 1.0, first=3.0, peak=4e9),
+        result("masm_base", "jit", 4.0, first=5.0),
+        result("dynunet", "eager", 20.0),
+        result("dynunet", "compile", 10.0),
+        result("unet_base_torch", "eager", 0.5),  # the fastest, but no large peer
+    ]
+    rows = ranking.rows(results, COUNTS, {"patch": 128, "batch": 4})
+    own, eager, compiled, small = rows
+    assert (own["latency"], own["patches"], own["spread"]) == (2.0, 2.0, (1.5, 3.0))
+    assert own["compile"] == 10.0 and own["peak"] == 2e9 and own["rounds"] == 3
+    assert eager["spread"] is None and eager["per_mac"] == 2.0 and compiled["per_mac"] == 1.0
+    assert own["per_mac"] == pytest.approx((2 / 50) / (10 / 500))
+    assert own["faster"] == 5.0 and small["faster"] == 20.0
+
+
+def test_without_a_reference_there_is_no_ratio():
+    (row,) = ranking.rows([result("masm_base", "jit", 2.0)], {}, {"patch": 128, "batch": 1})
+    assert row["per_mac"] is row["faster"] is row["macs"] is None
+
+
+def test_the_front_is_what_nothing_cheaper_beats():
+    points = [(1, 5), (2, 4), (3, 7), (4, 7), (5, 9)]
+    assert pareto.front(points, max) == [(1, 5), (3, 7), (5, 9)]
+    assert pareto.front(points, min) == [(1, 5), (2, 4)]

@@ -1,0 +1,40 @@
+"""What the convolution tells a TPU; its numbers are in tests/parity."""
+
+import jax
+import numpy as np
+import pytest
+
+from masm_jax.models import conv
+
+SAID = "layout_constraint"
+
+
+def program(planes, channels, out):
+    x, kernel = np.zeros((planes, 4, 4, channels)), np.zeros((3, 3, 3, channels, out))
+    return str(jax.make_jaxpr(lambda x, k: conv.conv(x, k, depth=8))(x, kernel))
+
+
+@pytest.mark.parametrize(
+    "planes, channels, out, said",
+    [
+        (256, 48, 24, True),  # a decoder at level 1: 24 of 128 lanes
+        (64, 48, 24, True),  # half of the lanes are better than a fifth
+        (32, 48, 24, False),
+        (512, 128, 256, False),  # nothing is padded
+        (512, 96, 192, False),
+    ],
+)
+def test_planes_go_into_the_lanes_where_channels_would_be_padded(planes, channels, out, said):
+    with conv.traced_for("tpu"):
+        assert program(planes, channels, out).count(SAID) == (2 if said else 0)
+    assert SAID not in program(planes, channels, out)
+
+
+def test_the_order_of_memory_changes_no_number():
+    x = jax.random.normal(jax.random.key(0), (128, 4, 5, 6))
+
+    def loss(x):
+        return (conv.planes_in_lanes(x, 6) ** 3).sum()
+
+    np.testing.assert_array_equal(jax.jit(conv.planes_in_lanes, static_argnums=1)(x, 6), x)
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), 3 * x**2, rtol=1e-5)
