@@ -1,17 +1,16 @@
-"""In what blocks nnU-Net v2 stores a volume: for reading crops, each by one core.
+"""In what blocks nnU-Net stores a volume, for reading crops of it.
 
-Of its ``nnUNetDatasetBlosc2.comp_blosc2_params`` (MIC-DKFZ/nnUNet, nnunetv2/training/dataloading/
-nnunet_dataset.py), with its sizes of caches: those of an old Xeon, per core.
+By the rule of its ``comp_blosc2_params`` (nnunetv2 2.8.1, nnunetv2/training/dataloading/
+nnunet_dataset.py): each modality alone, chunks not much larger than a crop.
 """
 
 import math
 
-L1, L3 = 32_768, 1_441_792  # bytes
-_FILL = 0.8  # share of a cache that is used
+BLOCK, CHUNK = 128 * 1024, 6 * 1024**2  # bytes at most; a block is decompressed as a whole
 
 
 def sizes(image, patch, itemsize):
-    """Blocks, decompressed as a whole, that fit into L1; chunks of blocks that fit into L3.
+    """Blocks, and chunks made of them.
 
     Args:
       image: (C, d, h, w), shape of the array.
@@ -19,25 +18,29 @@ def sizes(image, patch, itemsize):
       itemsize: bytes of an element.
 
     Returns:
-      blocks, chunks: (C, d, h, w) each, tuples of ints.
+      blocks, chunks: (1, d, h, w) each, tuples of ints.
     """
-    channels, *volume = image
-    voxel = channels * itemsize
-    block = [2 ** math.ceil(math.log2(edge)) for edge in patch]
-    while voxel * math.prod(block) > _FILL * L1 and max(block) > 1:
-        # The axis that is longest beside the patch; of equal ones the last.
-        axis = max((a for a in range(3) if block[a] > 1), key=lambda a: (block[a] / patch[a], a))
-        block[axis] = min(2 ** math.floor(math.log2(block[axis] - 1)), volume[axis])
-    block = [min(edge, most) for edge, most in zip(block, volume)]
+    volume = image[1:]
+    most = [min(edge, crop * 3 // 2) for edge, crop in zip(volume, patch)]
+    block = [min(2 ** math.ceil(math.log2(crop)), edge) for edge, crop in zip(volume, patch)]
+    while itemsize * math.prod(block) > BLOCK:
+        # The axis that is longest beside what a chunk may have; of equal ones the last.
+        axis = max((a for a in range(3) if block[a] > 1), key=lambda a: (block[a] / most[a], a))
+        block[axis] = 2 ** math.floor(math.log2(block[axis] - 1))
 
-    chunk = list(block)
-    while voxel * math.prod(chunk) < _FILL * L3 and chunk != volume:
-        # The axis that has grown least; of equal ones the first.
-        axis = min(
-            (a for a in range(3) if chunk[a] < volume[a]), key=lambda a: (chunk[a] / block[a], a)
-        )
-        before, chunk[axis] = chunk[axis], min(chunk[axis] + block[axis], volume[axis])
-        if sum(edge / crop for edge, crop in zip(chunk, patch)) / 3 > 1.5:
-            chunk[axis] = before
-            break
-    return (channels, *block), (channels, *chunk)
+    chunk = block
+    while larger := [
+        # The axis that covers least of that grows first; of equal ones that of the longest edge.
+        (chunk[axis] / most[axis], -volume[axis], axis, grown)
+        for axis in range(3)
+        if (grown := _grown(chunk, block, most, axis)) != chunk
+        and itemsize * math.prod(grown) <= CHUNK
+    ]:
+        *_, chunk = min(larger)
+    return (1, *block), (1, *chunk)
+
+
+def _grown(chunk, block, most, axis):
+    """``chunk`` with one more block along an axis, as far as it may."""
+    edge = max(chunk[axis], min(chunk[axis] + block[axis], most[axis]))
+    return [*chunk[:axis], edge, *chunk[axis + 1 :]]

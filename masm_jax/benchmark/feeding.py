@@ -18,28 +18,26 @@ def throughput(*, way, seconds, warm=4, **loader):
       **loader: of ``loaders.batches``.
 
     Returns:
-      {"crops", "seconds", "cpu_seconds" (None without Linux), "memory_mb": of all its processes,
-      "shape": of a batch}.
+      {"crops", "seconds", "cpu_seconds", "memory_mb": of all its processes, without mapped files}.
     """
     if way == "masm_jax":  # as train.py does: it tells malloc to keep memory, too
         from masm_jax import runtime
 
         runtime.start(cache=False)
     stream = loaders.batches(way, **loader)
-    for batch in itertools.islice(stream, warm):
-        shape = list(batch["image"].shape)
+    for _ in itertools.islice(stream, warm):
+        pass
     family = workers.family()
     used, began, crops = workers.cpu_seconds(family), time.perf_counter(), 0
     while (elapsed := time.perf_counter() - began) < seconds:
         crops += len(next(stream)["image"])
     used = workers.cpu_seconds(family) - used
-    held = [workers.memory(pid).get("rss", 0) for pid in family]
+    held = [workers.memory(pid).get("share", 0) for pid in family]
     return {
         "crops": crops,
         "seconds": elapsed,
-        "cpu_seconds": used or None,
-        "memory_mb": round(sum(held) / 1024),
-        "shape": shape,
+        "cpu_seconds": used,
+        "memory_mb": sum(held) / 1024,
     }
 
 
@@ -52,8 +50,8 @@ def flat(*, records, patch, foreground, crops, processes):
       processes: workers; 0: the process itself.
 
     Returns:
-      A dict per process: "process", "crops": those handed out at each sample, "anonymous" and "rss"
-      in kB at them (workers.memory).
+      A dict per process: "process", "crops": those handed out at each sample, "own" and "rss" in kB
+      at them (workers.memory).
     """
     from masm_jax import runtime
 
@@ -67,7 +65,7 @@ def flat(*, records, patch, foreground, crops, processes):
     pids = [pid for pid in workers.family() if "resource_tracker" not in workers.words(pid)]
     # With workers the first process hands on what the others have read.
     names = ["training process", *(f"worker {number}" for number in range(1, len(pids)))]
-    found = [{"process": name, "crops": [], "anonymous": [], "rss": []} for name in names]
+    found = [{"process": name, "crops": [], "own": [], "rss": []} for name in names]
     every = max(batch, crops // 100)
     for done in range(batch, crops + batch, batch):
         next(stream)
@@ -77,7 +75,7 @@ def flat(*, records, patch, foreground, crops, processes):
             held = workers.memory(pid)
             if held:
                 samples["crops"].append(done)
-                samples["anonymous"].append(held["anonymous"])
+                samples["own"].append(held["own"])
                 samples["rss"].append(held["rss"])
     return found
 

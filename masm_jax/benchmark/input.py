@@ -23,7 +23,6 @@ import numpy as np
 from masm_jax.benchmark import loaders, workers
 from masm_jax.files import replacing
 
-_THROUGHPUT = "masm_jax.benchmark.feeding:throughput"
 _BATCH = 2  # crops in a batch of the throughput: what nnU-Net trains with at 128^3
 _INSTALL = "pip install -r requirements-bench.txt"
 
@@ -143,48 +142,42 @@ def skipped():
 
 def _throughput(args, patch, stores):
     """Rows: every way alone on one core, and those with workers on all cores."""
-    ways = [way for way in loaders.WAYS if way not in skipped()]
     options = {"records": str(args.records), "patch": patch, "foreground": args.foreground}
-    options |= {"batch": _BATCH, "seconds": args.seconds}
-    store, packed = str(pathlib.Path(stores) / str(patch)), None
+    ways = [way for way in loaders.WAYS if way not in skipped()]
+    store = {"store": str(pathlib.Path(stores) / str(patch))}
     if "nnunet" in ways:
         packed = workers.call(
-            "masm_jax.benchmark.loaders:compress",
-            records=options["records"], store=store, patch=patch,
-        )  # fmt: skip
-    cores = workers.cores()
-    plans = [(way, 0, cores[:1]) for way in ways]
-    plans += [(way, len(cores), cores) for way in ways if way in loaders.WITH_WORKERS]
-    results = {plan[:2]: [] for plan in plans}
+            "masm_jax.benchmark.loaders:compress", records=str(args.records), patch=patch, **store
+        )
+    every = workers.cores()
+    plans = [(way, 0) for way in ways]
+    plans += [(way, len(every)) for way in ways if way in loaders.WITH_WORKERS]
+    runs = {plan: [] for plan in plans}
     for number in range(args.rounds):
         turn = number % len(plans)
-        for way, processes, own in plans[turn:] + plans[:turn]:
+        for way, processes in plans[turn:] + plans[:turn]:
             _say(f"{patch}^3, round {number + 1} of {args.rounds}: {way}, {processes} workers")
-            own_store = {"store": store} if way == "nnunet" else {}
-            results[way, processes].append(
-                workers.call(
-                    _THROUGHPUT,
-                    cores=own,
-                    way=way,
-                    workers=processes,
-                    seed=number,
-                    **own_store,
-                    **options,
-                )  # fmt: skip
-            )
-    rows = []
-    for way, processes, own in plans:
-        runs = results[way, processes]
-        rate = [run["crops"] / run["seconds"] / len(own) for run in runs]
-        cpu = [1e3 * run["cpu_seconds"] / run["crops"] for run in runs if run["cpu_seconds"]]
-        rows.append({
-            "way": way, "patch": patch, "workers": processes, "cores": len(own),
-            "per_core": statistics.median(rate), "slowest": min(rate), "fastest": max(rate),
-            "cpu_ms": statistics.median(cpu) if cpu else None,
-            "memory_mb": statistics.median(run["memory_mb"] for run in runs),
-            "packed": packed["bytes"] / packed["of"] if way == "nnunet" else None,
-        })  # fmt: skip
-    return rows
+            found = workers.call(
+                "masm_jax.benchmark.feeding:throughput", cores=every[: processes or 1], way=way,
+                workers=processes, seed=number, batch=_BATCH, seconds=args.seconds, **options,
+                **(store if way == "nnunet" else {}),
+            )  # fmt: skip
+            runs[way, processes].append(found)
+    return [
+        {"way": way, "patch": patch, "workers": processes, "cores": processes or 1}
+        | _summary(found, processes or 1)
+        | {"packed": packed["bytes"] / packed["of"] if way == "nnunet" else None}
+        for (way, processes), found in runs.items()
+    ]
+
+
+def _summary(runs, cores):
+    rates = [run["crops"] / run["seconds"] / cores for run in runs]
+    return {
+        "per_core": statistics.median(rates), "slowest": min(rates), "fastest": max(rates),
+        "cpu_ms": statistics.median(1e3 * run["cpu_seconds"] / run["crops"] for run in runs),
+        "memory_mb": statistics.median(run["memory_mb"] for run in runs),
+    }  # fmt: skip
 
 
 def _waiting(args, patch, batch, cores):
@@ -212,10 +205,10 @@ def _memory(args, patch, processes):
         if len(row["crops"]) < 3:
             continue  # a helper that came and went
         rest = len(row["crops"]) // 4  # by then every case has been read
-        slope = np.polyfit(row["crops"][rest:], row["anonymous"][rest:], 1)[0]
+        slope = np.polyfit(row["crops"][rest:], row["own"][rest:], 1)[0]
         rows.append({
             "process": row["process"], "workers": processes, "patch": patch,
-            "first_mb": row["anonymous"][0] / 1024, "last_mb": row["anonymous"][-1] / 1024,
+            "first_mb": row["own"][0] / 1024, "last_mb": row["own"][-1] / 1024,
             "slope_kb": 1000 * slope, "rss_mb": row["rss"][-1] / 1024, "samples": row,
         })  # fmt: skip
     return rows
@@ -233,18 +226,18 @@ def table(found):
         f"{machine['cores']} cores of {machine['processor']}, load {machine['load']} before, "
         f"{machine['date']}.",
         "",
-        "| way | crop | workers | crops/s per core (slowest, fastest) | CPU ms per crop | MB |",
+        "| way | crop | workers | crops/s per core (slowest, fastest) | CPU ms per crop | own MB |",
         "|---|---|---|---|---|---|",
     ]
     for row in found["throughput"]:
         spread = f"{row['per_core']:.1f} ({row['slowest']:.1f}, {row['fastest']:.1f})"
-        cpu = f"{row['cpu_ms']:.1f}" if row["cpu_ms"] else "-"
         packed = f", files {row['packed']:.0%} of the arrays" if row["packed"] else ""
         lines.append(
             f"| {row['way']}: {loaders.WAYS[row['way']]}{packed} | {row['patch']}^3 | "
-            f"{row['workers'] or 'none'} | {spread} | {cpu} | {row['memory_mb']:.0f} |"
+            f"{row['workers'] or 'none'} | {spread} | {row['cpu_ms']:.1f} | "
+            f"{row['memory_mb']:.0f} |"
         )
-    lines += [f"| {way}: skipped | {why} ||||" for way, why in found["skipped"].items()]
+    lines += [f"| {way}: skipped | {why} | | | | |" for way, why in found["skipped"].items()]
     if min(found["cases"]["shape"][1:]) < max(row["patch"] for row in found["throughput"]):
         lines += ["", f"Crops are larger than some cases ({shape}): padded. --cases makes others."]
     lines += [
@@ -290,7 +283,7 @@ def picture(found):
     left.set_xlabel("crops per second and core (line: all rounds)")
     for row in found["memory"]:
         samples, name = row["samples"], f"{row['process']} of {row['workers']} workers"
-        right.plot(samples["crops"], np.asarray(samples["anonymous"]) / 1024, label=name)
+        right.plot(samples["crops"], np.asarray(samples["own"]) / 1024, label=name)
     right.set_ylim(0)
     right.set_xlabel("crops")
     right.set_ylabel("MB of its own")

@@ -22,21 +22,16 @@ _POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-class TimedOut(Exception):
-    """The function was not done within its limit."""
-
-
 class Failed(ValueError):
     """The process died, or the function raised; the message has its last words."""
 
 
-def call(function, *, cores=None, limit=None, environment=None, **arguments):
+def call(function, *, cores=None, environment=None, **arguments):
     """Run ``MODULE:FUNCTION`` of ``arguments`` in a fresh process.
 
     Args:
-      function: such as "masm_jax.benchmark.input:throughput"; returns what JSON can hold.
+      function: such as "masm_jax.benchmark.feeding:throughput"; returns what JSON can hold.
       cores: numbers of the CPU cores it may use; None: all.
-      limit: seconds after which it, and what it started, is killed; None: none.
       environment: variables over those of this process.
       **arguments: of the function; what JSON can hold.
 
@@ -44,7 +39,6 @@ def call(function, *, cores=None, limit=None, environment=None, **arguments):
       What the function returned.
 
     Raises:
-      TimedOut: after ``limit`` seconds.
       Failed: it died or raised.
     """
     environment = os.environ | (environment or {})
@@ -62,12 +56,10 @@ def call(function, *, cores=None, limit=None, environment=None, **arguments):
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that its own processes end with it
+                start_new_session=True,  # so that the processes it starts end with it
             )
             try:
-                code = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                raise TimedOut(f"{function}: not done in {limit:g} s") from None
+                code = process.wait()
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -123,24 +115,25 @@ def words(pid):
 
 
 def memory(pid=None):
-    """Memory of a process in kB: {"rss", "anonymous", "peak"}; {} where it is gone, or no Linux.
+    """Memory of a process in kB, {} where it is gone or this is no Linux.
 
-    ``rss`` counts the pages of memory-mapped files too, which the kernel takes back when it likes;
-    ``anonymous`` is what the process itself has allocated; ``peak`` is the largest ``rss``.
+    Returns:
+      {"own": what it has allocated, shared memory too, "share": the same, what it has in common
+      with others divided by their number, "rss": with the pages of memory-mapped files, which the
+      kernel takes back when it likes}.
     """
+    folder = pathlib.Path(f"/proc/{pid or os.getpid()}")
     try:
-        lines = pathlib.Path(f"/proc/{pid or os.getpid()}/status").read_text().splitlines()
+        lines = (folder / "status").read_text() + (folder / "smaps_rollup").read_text()
     except OSError:
         return {}
-    values = dict(line.split(":", 1) for line in lines)
-    names = {"rss": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
-    return {key: int(values[name].split()[0]) for key, name in names.items() if name in values}
-
-
-def forget_peak():
-    """Let ``peak`` of ``memory()`` begin anew here; Linux."""
-    with contextlib.suppress(OSError):
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    values = dict(line.split(":", 1) for line in lines.splitlines() if ":" in line)
+    names = {
+        "own": ("RssAnon", "RssShmem"), "share": ("Pss_Anon", "Pss_Shmem"), "rss": ("VmRSS",)
+    }  # fmt: skip
+    if "RssAnon" not in values:  # it has ended
+        return {}
+    return {key: sum(int(values[name].split()[0]) for name in of) for key, of in names.items()}
 
 
 def cpu_seconds(pids):

@@ -13,17 +13,16 @@ INSTALL = "is not among the test requirements (requirements-bench.txt)"
 
 
 def test_blocks_are_those_of_nnunet():
-    # 4 float32 are 16 bytes a voxel: 0.8 * 32768 / 16 = 1638 voxels, of the powers of two 1024,
-    # halved in turn from the last axis on; chunks grow from the first to the 71 blocks (here 80) that
-    # fill 0.8 of L3.
-    blocks, chunks = blosc_blocks.sizes((4, 140, 172, 140), (128, 128, 128), 4)
-    assert blocks == (4, 16, 8, 8)
-    assert chunks == (4, 80, 32, 32)
-    # A chunk is at most half as long again as the crop, on average.
-    _, chunks = blosc_blocks.sizes((1, 140, 172, 140), (32, 32, 32), 1)
-    assert sum(chunks[1:]) / 3 <= 1.5 * 32
-    # And nothing is larger than the volume.
-    assert blosc_blocks.sizes((4, 10, 12, 9), (16, 16, 16), 1) == ((4, 10, 12, 9),) * 2
+    # Powers of two, halved in turn from the axis on that is longest beside what a chunk may have:
+    # 32768 float32 are 128 KB. Chunks grow where they cover least, to at most 6 MB.
+    shape, patch = (4, 140, 172, 140), (128,) * 3
+    assert blosc_blocks.sizes(shape, patch, 4) == ((1, 32, 32, 32), (1, 128, 128, 96))
+    # Twice as many int16: the longest axis keeps twice as much of them.
+    labels = blosc_blocks.sizes((1, *shape[1:]), patch, 2)
+    assert labels == ((1, 32, 64, 32), (1, 140, 172, 128))
+    # A chunk is at most half as long again as the crop, and nothing larger than the volume.
+    assert blosc_blocks.sizes(shape, (64,) * 3, 4) == ((1, 32, 32, 32), (1, 96, 96, 96))
+    assert blosc_blocks.sizes((4, 10, 12, 9), (16,) * 3, 1) == ((1, 10, 12, 9),) * 2
 
 
 def test_crops_over_the_edge_are_padded():
@@ -37,7 +36,7 @@ def test_crops_over_the_edge_are_padded():
 def test_crops_lie_where_nnunet_draws_them():
     rng, shape = np.random.default_rng(0), (20, 8, 5)
     starts = np.array([loaders._start(shape, 8, {}, rng) for _ in range(300)])
-    assert starts.min(0).tolist() == [0, 0, -1] and starts.max(0).tolist() == [12, 0, -1]
+    assert starts.min(0).tolist() == [0, 0, -2] and starts.max(0).tolist() == [12, 0, -1]
     tumour = {"ET": np.zeros((0, 4)), "WT": np.array([[0, 19, 2, 3]])}
     # Centred on the voxel, over the far end of the first axis; the low ends are kept.
     assert loaders._start(shape, 8, tumour, rng).tolist() == [15, 0, -1]

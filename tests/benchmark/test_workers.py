@@ -21,19 +21,12 @@ def test_what_goes_wrong_is_said():
         workers.call(f"{HERE}:cores", unknown=1)
 
 
-def test_a_process_that_takes_too_long_is_ended():
-    began = time.perf_counter()
-    with pytest.raises(workers.TimedOut, match="not done in 1 s"):
-        workers.call("subprocess:call", limit=1, args=["sleep", "100"])
-    assert time.perf_counter() - began < 30
-
-
 def test_memory_and_time_of_a_process():
     before, used = workers.memory(), workers.cpu_seconds(workers.family())
     held = bytearray(os.urandom(2**25))  # 32 MiB, written to
     after = workers.memory()
-    grown = after["anonymous"] - before["anonymous"]
-    assert grown > 0.9 * len(held) / 1024 and after["peak"] >= after["rss"]
+    for kind in ("own", "share", "rss"):
+        assert after[kind] - before[kind] > 0.9 * len(held) / 1024
     while time.process_time() < used + 0.1:  # a clock of ticks sees a tenth of a second
         pass
     assert workers.cpu_seconds(workers.family()) > used
