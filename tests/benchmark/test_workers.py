@@ -1,0 +1,33 @@
+"""A measurement in a process of its own: its result, its cores, its end."""
+
+import os
+import time
+
+import pytest
+
+from masm_jax.benchmark import workers
+
+HERE = "masm_jax.benchmark.workers"
+
+
+def test_the_result_comes_back_and_the_process_is_pinned():
+    last = workers.cores()[-1:]
+    assert workers.call(f"{HERE}:cores", cores=last) == last
+    assert workers.call("textwrap:shorten", text="a  b", width=9) == "a b"
+
+
+def test_what_goes_wrong_is_said():
+    with pytest.raises(workers.Failed, match="expected at most 1 argument|unexpected keyword"):
+        workers.call(f"{HERE}:cores", unknown=1)
+
+
+def test_memory_and_time_of_a_process():
+    before, used = workers.memory(), workers.cpu_seconds(workers.family())
+    held = bytearray(os.urandom(2**25))  # 32 MiB, written to
+    after = workers.memory()
+    for kind in ("own", "share", "rss"):
+        assert after[kind] - before[kind] > 0.9 * len(held) / 1024
+    while time.process_time() < used + 0.1:  # a clock of ticks sees a tenth of a second
+        pass
+    assert workers.cpu_seconds(workers.family()) > used
+    assert workers.memory(2**30) == {}
