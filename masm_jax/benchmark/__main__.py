@@ -15,6 +15,7 @@ COMMANDS = {
     "flops": "count parameters and multiply-adds of our networks and of peers in PyTorch",
     "compare": "measure our networks and peers in PyTorch: time, memory, compilation",
     "accuracy": "Dice of MASM and others at equal budget, trained and evaluated alike",
+    "start": "time to the first training step, cold and with the compilation cache",
 }
 
 
