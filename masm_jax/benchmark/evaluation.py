@@ -100,6 +100,7 @@ def table(found):
         *tables.markdown(("stage", "s a case", "share", "range"), rows),
         "",
         f"Inference of the first case, {each['inference'][0]:.1f} s, has the compilation in it. "
+        f"Of the report {found['together'].get('report', 0.0):.1f} s are for all cases together. "
         f"The aim, that metrics take most of no case, is {said if worst else 'reached'}.",
     ]
 
