@@ -27,7 +27,8 @@ from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, report, scoring, tables
-from masm_jax.files import as_path
+from masm_jax.evaluation.clock import Clock
+from masm_jax.files import as_path, replacing
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import check_task, decoding, in_scan
 from masm_jax.parallel import in_order
@@ -36,6 +37,9 @@ from masm_jax.steps import keep_names, keep_step
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _SPLIT = flags.DEFINE_string(
     "split", "val", "train, val or test of the run, a fold such as 2/5, or all of the records."
+)
+_CASES = flags.DEFINE_integer(
+    "cases", 0, "How many cases of the split, from its first on; 0: all.", lower_bound=0
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for report.html, tables, predictions/ ...")
 _REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
@@ -80,7 +84,7 @@ def evaluate(workdir, output, roll):
         meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
         where=records.root,
     )  # fmt: skip
-    cases = _cases(workdir, records, config)
+    cases = _cases(workdir, records, config)[: _CASES.value or None]
     trained = _trained_on(workdir, config, records, cases)
     references = _references(_REFERENCE.value, cases)
     views = _view_spacing(records, cases)
@@ -92,7 +96,7 @@ def evaluate(workdir, output, roll):
 
     # ---------------------------------------------------------------- case by case
     # Segmented here, on the device, while worker processes compare the cases before.
-    rows, lesions, failed, grids = [], [], {}, set()
+    rows, lesions, failed, grids, took = [], [], {}, set(), []
     own = cases[jax.process_index() :: jax.process_count()]
     jobs = _segmented(
         segmenter, records, own, references, output, failed, config.evaluation, views
@@ -108,6 +112,7 @@ def evaluate(workdir, output, roll):
             if not scored.rows:
                 continue
             grids.add(scored.grid)
+            took.append({"case": scored.case} | scored.seconds)
             done = len({row["case"] for row in rows} | failed.keys())
             left = (time.perf_counter() - began) / done * (len(own) - done)
             dice = "  ".join(f"{row['region']} {row['dice']:.3f}" for row in scored.rows)
@@ -115,7 +120,8 @@ def evaluate(workdir, output, roll):
     except ValueError as error:  # a worker died: what is scored is written all the same
         failed |= dict.fromkeys(set(own) - {row["case"] for row in rows} - failed.keys(), error)
     if jax.process_count() > 1:
-        rows, lesions, failed, grids = _together(roll, rows, lesions, failed, grids, cases)
+        found = {"rows": rows, "lesions": lesions, "failed": failed, "grids": grids, "took": took}
+        rows, lesions, failed, grids, took = _together(roll, found, cases)
     if not first:
         return runtime.EXIT_SOME_FAILED if failed else 0
 
@@ -132,21 +138,27 @@ def evaluate(workdir, output, roll):
         "trained_on": trained,
         "tuned_on": sorted(set(config_lib.tuned_on(workdir)) & set(cases)),
     }
+    clock = Clock()
     summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
     tables.write_summary_json(output / "summary.json", summary)
     if rows:
-        tables.write_metrics_csv(output / "metrics.csv", rows)
-        tables.write_metrics_csv(output / "lesions.csv", lesions)
-        gallery.write(
-            output,
-            workdir=workdir,
-            records=records,
-            summary=summary,
-            rows=rows,
-            lesions=lesions,
-            config=config_lib.to_dict(config),
-            kept=_kept(segmenter, records),
-        )
+        with clock.stage("writing"):
+            tables.write_metrics_csv(output / "metrics.csv", rows)
+            tables.write_metrics_csv(output / "lesions.csv", lesions)
+        with clock.stage("report"):
+            gallery.write(
+                output,
+                workdir=workdir,
+                records=records,
+                summary=summary,
+                rows=rows,
+                lesions=lesions,
+                config=config_lib.to_dict(config),
+                kept=_kept(segmenter, records),
+            )
+        with replacing(output / "seconds.json") as temporary:
+            seconds = {"cases": took, "together": clock.seconds, "workers": _WORKERS.value}
+            temporary.write_text(json.dumps(seconds, indent=1) + "\n")
         print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
         print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
@@ -155,10 +167,10 @@ def evaluate(workdir, output, roll):
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
-def _together(roll, rows, lesions, failed, grids, cases):
+def _together(roll, found, cases):
     """What all processes have found, in the order of the cases."""
-    failed = {case: str(reason) for case, reason in failed.items()}
-    found = {"rows": rows, "lesions": lesions, "failed": failed, "grids": sorted(grids)}
+    failed = {case: str(reason) for case, reason in found["failed"].items()}
+    found = found | {"failed": failed, "grids": sorted(found["grids"])}
     found = json.loads(json.dumps(found, default=float))  # NumPy's numbers too
     parts = roll.gather("the scores", found, limit=24 * 3600)
     place = {case: i for i, case in enumerate(cases)}
@@ -167,7 +179,8 @@ def _together(roll, rows, lesions, failed, grids, cases):
         return sorted((row for part in parts for row in part[name]), key=lambda r: place[r["case"]])
 
     failed = {case: why for part in parts for case, why in part["failed"].items()}
-    return joined("rows"), joined("lesions"), failed, {g for part in parts for g in part["grids"]}
+    grids = {grid for part in parts for grid in part["grids"]}
+    return joined("rows"), joined("lesions"), failed, grids, joined("took")
 
 
 def _cases(workdir, records, config):
@@ -253,16 +266,20 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
     """Segment and write one case after the other; what fails is noted and left out."""
     settings = segmenter.settings
     for case in cases:
+        clock = Clock()
         try:
-            meta = records.meta(case)
+            with clock.stage("reading"):
+                meta, image = records.meta(case), np.array(records.image(case))
             rules = decoding(settings, meta["spacing"])
             small = decoding(settings, meta["record_spacing"])
-            probabilities = segmenter.probabilities(records.image(case))
-            internal, written = in_scan(probabilities, meta, **rules)
-            drawn = postprocess.decode(probabilities, regions=settings.regions, **small)
+            with clock.stage("inference"):
+                probabilities = segmenter.probabilities(image)
+                internal, written = in_scan(probabilities, meta, **rules)
+                drawn = postprocess.decode(probabilities, regions=settings.regions, **small)
             scan = pathlib.Path(next(iter(meta["files"].values())))
             like = scan if scan.is_file() else np.array(meta["affine"])
-            nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
+            with clock.stage("writing"):
+                nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
         except (ValueError, OSError) as error:
             failed[case] = str(error)
             log.error("%s failed: %s", case, error)
@@ -283,6 +300,7 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
                 styles=tuple(wanted.styles),
                 overlay=output / "overlays" / f"{case}.png",
                 view=(gallery.view_file(output, case), views),
+                clock=clock,
             ),
         )
 

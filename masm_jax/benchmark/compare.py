@@ -90,12 +90,11 @@ def _checked(args):
             raise ValueError(f"--{name}={getattr(args, name)}: expected 1 or more")
     if args.seconds < 0:
         raise ValueError(f"--seconds={args.seconds:g}: expected 0 or more")
-    modes = _some("mode", args.mode, MODES)
-    variants = _some("variants", args.variants, TORCH_VARIANTS)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if not 0 <= args.threads <= cores:
-        raise ValueError(f"--threads={args.threads}: expected 1 to {cores}, the cores, or 0: all")
-    args.threads = args.threads or cores
+    modes = some("mode", args.mode, MODES)
+    variants = some("variants", args.variants, TORCH_VARIANTS)
+    if not 0 <= args.threads <= cores():
+        raise ValueError(f"--threads={args.threads}: expected 1 to {cores()}, the cores, or 0: all")
+    args.threads = args.threads or cores()
     if not pathlib.Path(args.config).is_file():
         raise ValueError(f"--config={args.config}: no such file")
     todo = [
@@ -107,14 +106,24 @@ def _checked(args):
     return chosen, todo
 
 
-def _some(flag, text, known):
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def some(flag, text, known):
+    """Words of a flag such as --mode=infer,train.
+
+    Raises:
+      ValueError: none, or one that is not ``known``.
+    """
     words = [word for word in text.split(",") if word]
     if not words or set(words) - set(known):
         raise ValueError(f"--{flag}={text}: expected some of {','.join(known)}")
     return words
 
 
-def measure_all(todo, args, store, stop):
+def measure_all(todo, args, store, stop, start=None):
     """Round after round, there and back; what is in the store is not measured again.
 
     Args:
@@ -122,6 +131,7 @@ def measure_all(todo, args, store, stop):
       args: of the command line.
       store: Store, written after every measurement.
       stop: true when it is time to leave.
+      start: (Item, args) -> Worker.
 
     Returns:
       whether all was measured.
@@ -140,7 +150,7 @@ def measure_all(todo, args, store, stop):
             if " ".join(item) in store.failures:
                 continue
             began = time.monotonic()
-            worker = workers.pop(item, None) or Worker(item, args)
+            worker = workers.pop(item, None) or (start or Worker)(item, args)
             try:
                 found = worker.measure(args.seconds)
             except RuntimeError as error:
@@ -185,11 +195,12 @@ class Worker:
     Args:
       item: Item.
       args: of the command line.
+      more: of the job, beside them: "ours", fields of peers.Ours; "limit" of bytes.
     """
 
-    def __init__(self, item, args):
+    def __init__(self, item, args, **more):
         folder = pathlib.Path(args.output).absolute()
-        job = item._asdict() | {name: getattr(args, name) for name in FIXED}
+        job = item._asdict() | {name: getattr(args, name) for name in FIXED} | more
         self._log = folder / "logs" / f"{'-'.join(item)}.txt"
         self._log.parent.mkdir(parents=True, exist_ok=True)
         words = [sys.executable, "-m", "masm_jax.benchmark.worker", json.dumps(job)]
@@ -240,7 +251,7 @@ def environment(cache, args):
 
     glibc keeps freed memory, as ``runtime.start`` has it for training; here for both frameworks.
     """
-    platforms = "cuda,cpu" if args.device == "cuda" else "cpu"
+    platforms = "cpu" if args.device == "cpu" else "cuda,cpu"
     return {
         "OMP_NUM_THREADS": str(args.threads),
         "MALLOC_MMAP_MAX_": "0",

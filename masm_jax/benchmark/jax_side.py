@@ -10,7 +10,7 @@ import numpy as np
 from masm_jax import config as config_lib
 from masm_jax import plan, sharding, steps
 from masm_jax.benchmark import counting, program
-from masm_jax.data.conventions import MODALITIES, REGIONS
+from masm_jax.data.conventions import REGIONS
 from masm_jax.state import Network, abstract_state, init_state, num_parameters
 
 VARIANTS = {"jit": "XLA"}
@@ -34,11 +34,11 @@ def network(ours, *, patch, batch, dtype, config):
     chosen = {"patch": patch, "batch_size": batch, "model.dtype": dtype}
     settings.update_from_flattened_dict(fixed | chosen | ours.changes)
     config_lib.validate(settings)
-    return Network(settings, modalities=MODALITIES, regions=REGIONS)
+    return Network(settings, modalities=ours.modalities, regions=REGIONS)
 
 
 def count(ours, *, patch, config, xla=True):
-    """Parameters and multiply-adds at 1 x 4 x patch^3; nothing is compiled or run.
+    """Parameters and multiply-adds of one patch; nothing is compiled or run.
 
     Args:
       ours: peers.Ours.
@@ -52,17 +52,9 @@ def count(ours, *, patch, config, xla=True):
       and level of the network: multiply-adds}}; and "xla": {the same two: FLOPs}.
     """
     built = network(ours, patch=patch, batch=1, dtype="float32", config=config)
-    state = abstract_state(built)
-    image = jax.ShapeDtypeStruct((1, 4, *built.patch), jnp.float32)
-    label = jax.ShapeDtypeStruct((1, *built.patch), jnp.uint8)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    batch = {"image": image, "label": label}
-    calls = {
-        "forward": (steps.segment_step(built), state["params"], image),
-        "train": (steps.train_step(built), state, batch, key),
-    }
-    found = {"parameters": num_parameters(state["params"]), "moved": {}, "places": {}, "xla": {}}
-    for name, (function, *arguments) in calls.items():
+    parameters = num_parameters(abstract_state(built)["params"])
+    found = {"parameters": parameters, "moved": {}, "places": {}, "xla": {}}
+    for name, (function, *arguments) in calls(built).items():
         counts = counting.macs(function, *arguments)
         found[name], found["moved"][name] = counting.total(counts), counts["resample"]
         found["places"][name] = counting.by_place(function, *arguments)
@@ -72,7 +64,20 @@ def count(ours, *, patch, config, xla=True):
     return found
 
 
-def prepare(ours, *, patch, batch, dtype, mode, config, device):
+def calls(built):
+    """What is counted of a ``network``: {"forward", "train": (function, shapes of a patch ...)}."""
+    state = abstract_state(built)
+    image = jax.ShapeDtypeStruct((1, len(built.modalities), *built.patch), jnp.float32)
+    label = jax.ShapeDtypeStruct((1, *built.patch), jnp.uint8)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    batch = {"image": image, "label": label}
+    return {
+        "forward": (steps.segment_step(built), state["params"], image),
+        "train": (steps.train_step(built), state, batch, key),
+    }
+
+
+def prepare(ours, *, patch, batch, dtype, mode, config, device, limit=None):
     """One call of the network, its input on the device already.
 
     Inference: logits in float32. Training: the step of train.py as it is, without augmentation:
@@ -86,25 +91,30 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device):
       mode: "infer" or "train".
       config: path of the config that the changes are made to.
       device: "cpu" or "cuda".
+      limit: bytes; a program that needs more is not run, and all is compiled before the first call.
 
     Returns:
       a function without arguments that returns when its work is done.
+
+    Raises:
+      ValueError: the program needs more than ``limit``.
     """
     mesh = sharding.make_mesh(jax.devices(device)[:1])
     built = network(ours, patch=patch, batch=batch, dtype=dtype, config=config).on(mesh)
     everywhere = sharding.replicated(mesh)
     params = jax.device_put(built.init(0), everywhere)
     random = np.random.default_rng(0)
-    image = random.standard_normal((batch, 4, *built.patch), np.float32)
+    image = random.standard_normal((batch, len(built.modalities), *built.patch), np.float32)
     if mode == "infer":
         tiles = jax.device_put(image, everywhere)
-        segment = jax.jit(steps.segment_step(built))
+        segment = _within(limit, jax.jit(steps.segment_step(built)), params, tiles)
         return lambda: jax.block_until_ready(segment(params, tiles))
 
     label = (random.random((batch, *built.patch)) < 0.05).astype(np.uint8)
     data = jax.device_put({"image": image.astype(np.float16), "label": label}, everywhere)
     step, key = plan.step_function(built, mesh), jax.device_put(jax.random.key(0), everywhere)
     state = jax.jit(lambda params: init_state(built, params), out_shardings=everywhere)(params)
+    step = _within(limit, step, state, data, key)
 
     def train():
         nonlocal state
@@ -112,6 +122,19 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device):
         jax.block_until_ready((state, metrics))
 
     return train
+
+
+def _within(limit, function, *arguments):
+    """``function``, compiled where there is a limit of bytes."""
+    if limit is None:
+        return function
+    compiled = function.lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    needed += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    if needed > limit:
+        raise ValueError(f"it needs {needed / 1e9:.1f} GB, and {limit / 1e9:.1f} GB are free")
+    return compiled
 
 
 def peak_bytes(device):

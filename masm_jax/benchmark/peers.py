@@ -8,6 +8,8 @@ not in inference. Nothing is imported before a network is built: ours needs no t
 import dataclasses
 import importlib
 
+from masm_jax.data import conventions
+
 MODALITIES, REGIONS = 4, 3
 _SHAPE = {"spatial_dims": 3, "in_channels": MODALITIES, "out_channels": REGIONS}
 _NNUNET = _SHAPE | {
@@ -32,10 +34,12 @@ class Ours:
     Attributes:
       words: what it is.
       changes: {key of the config: value}.
+      modalities: names, in the order of the input.
     """
 
     words: str
     changes: dict
+    modalities: tuple = conventions.MODALITIES
     framework = "jax"
 
 

@@ -12,29 +12,29 @@ Item = collections.namedtuple("Item", "network variant mode")
 
 
 class Store:
-    """What was measured, in OUTPUT/comparison.json.
+    """What was measured, in OUTPUT/comparison.json or another file there.
 
     Attributes:
       folder: OUTPUT.
-      settings: {name: value} of FIXED.
+      file: in it.
+      settings: {name: value} of what may not differ, such as compare.FIXED.
       results: dicts with the fields of Item, "round", "first", "median", "calls", "peak", "wall".
       failures: {"network variant mode": reason}; those of a run before are tried again.
       counts: {network: count of flops.count_all}.
     """
 
-    def __init__(self, folder, settings):
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder, settings, name="comparison.json"):
+        self.folder, self.settings, self.file = folder, settings, folder / name
         self.results, self.failures, self.counts, self.versions = [], {}, {}, {}
-        file = folder / "comparison.json"
-        if file.is_file():
-            before = json.loads(file.read_text())
+        if self.file.is_file():
+            before = json.loads(self.file.read_text())
             other = {
                 name: value for name, value in before["settings"].items() if settings[name] != value
             }
             if other:
                 said = ", ".join(f"--{name}={value}" for name, value in other.items())
-                raise ValueError(f"{file} was measured with {said}; expected the same, or another "
-                                 f"--output")  # fmt: skip
+                raise ValueError(f"{self.file} was measured with {said}; expected the same, or "
+                                 f"another --output")  # fmt: skip
             self.results, self.counts = before["results"], before["counts"]
             self.versions = before["versions"]
 
@@ -51,7 +51,7 @@ class Store:
         """All of it, at once."""
         found = {"settings": self.settings, "machine": machine(), "versions": self.versions}
         found |= {"counts": self.counts, "failures": self.failures, "results": self.results}
-        with replacing(self.folder / "comparison.json") as temporary:
+        with replacing(self.file) as temporary:
             temporary.write_text(json.dumps(found, indent=1) + "\n")
 
 

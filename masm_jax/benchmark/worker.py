@@ -7,6 +7,7 @@ line of JSON; in between it waits for the next line and takes no time from anybo
 print goes to standard error.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -54,7 +55,8 @@ def _side(job):
     if entry.framework == "jax":
         from masm_jax.benchmark import jax_side as side
 
-        arguments |= {"ours": entry, "config": job["config"]}
+        entry = dataclasses.replace(entry, **job.get("ours", {}))
+        arguments |= {"ours": entry, "config": job["config"], "limit": job.get("limit")}
     else:
         import torch
 

@@ -86,7 +86,7 @@ def write(
 
 def clear(output: pathlib.Path) -> None:
     """Remove what an earlier evaluation has left there and this one may not write again."""
-    for name in ("report.html", "metrics.csv", "lesions.csv", "summary.json"):
+    for name in ("report.html", "metrics.csv", "lesions.csv", "summary.json", "seconds.json"):
         (output / name).unlink(missing_ok=True)
     for name in ("figures", _VIEWS):
         shutil.rmtree(output / name, ignore_errors=True)

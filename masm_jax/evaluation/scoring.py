@@ -12,6 +12,7 @@ import numpy as np
 from masm_jax.data import conventions, nifti
 from masm_jax.data.records import Records
 from masm_jax.evaluation import metrics, pictures, views
+from masm_jax.evaluation.clock import Clock
 from masm_jax.files import replacing
 
 
@@ -30,6 +31,7 @@ class Segmented:
         styles: of the lesion-wise metrics.
         overlay: where to draw it.
         view: file for what the report shows of it, and the spacing of that, mm.
+        clock: what it took so far.
     """
 
     case: str
@@ -42,17 +44,19 @@ class Segmented:
     styles: tuple[str, ...]
     overlay: pathlib.Path
     view: tuple[pathlib.Path, float]
+    clock: Clock = dataclasses.field(default_factory=Clock)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What came of it: lines of metrics.csv and lesions.csv, and what went wrong."""
+    """What came of it: lines of metrics.csv and lesions.csv, what went wrong, seconds by stage."""
 
     case: str
     rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     lesions: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     grid: str = ""
     problem: str = ""
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def pack(labels: np.ndarray) -> bytes:
@@ -70,7 +74,8 @@ def score(segmented: Segmented) -> Scored:
         return Scored(segmented.case, problem=traceback.format_exc().strip())
     problem = ""
     try:
-        _show(segmented, regions)
+        with segmented.clock.stage("report"):
+            _show(segmented, regions)
     except Exception:  # the numbers are worth more than the picture
         problem = f"scored, but not drawn: {traceback.format_exc().strip()}"
     rows, lesions = [], []
@@ -78,7 +83,7 @@ def score(segmented: Segmented) -> Scored:
         own = {"case": segmented.case, "region": name}
         lesions += [own | lesion for lesion in values.pop("lesions", [])]
         rows.append(own | values)
-    return Scored(segmented.case, rows, lesions, grid, problem)
+    return Scored(segmented.case, rows, lesions, grid, problem, segmented.clock.seconds)
 
 
 def _show(segmented: Segmented, scores: dict[str, Any]) -> None:
@@ -104,7 +109,7 @@ def labels_of(segmented: Segmented, shape: tuple[int, ...]) -> np.ndarray:
 
 def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
     """Scores by region, and the grid they were made in."""
-    records = Records(segmented.records)
+    clock, records = segmented.clock, Records(segmented.records)
     meta = records.meta(segmented.case)
     asked = {
         "regions": segmented.regions,
@@ -119,9 +124,12 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
                 "one by --reference=FOLDER, or segment it with masm_jax.predict"
             )
         drawn = labels_of(segmented, label.shape)
-        return metrics.evaluate(drawn, label, meta["record_spacing"], **asked), "the records"
+        with clock.stage("metrics"):
+            found = metrics.evaluate(drawn, label, meta["record_spacing"], **asked)
+        return found, "the records"
     file, values = segmented.reference
-    labels, affine, _ = nifti.read(file)
+    with clock.stage("reading"):
+        labels, affine, _ = nifti.read(file)
     expected = segmented.in_scan.shape
     if labels.shape != expected or not np.allclose(affine, meta["affine"], atol=0.1):
         raise ValueError(
@@ -130,4 +138,6 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
         )
     label = conventions.to_internal(labels, values)
     spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
-    return metrics.evaluate(segmented.in_scan, label, spacing, **asked), "the scans"
+    with clock.stage("metrics"):
+        found = metrics.evaluate(segmented.in_scan, label, spacing, **asked)
+    return found, "the scans"
