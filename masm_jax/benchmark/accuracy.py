@@ -4,9 +4,10 @@
         --budget=minutes:10 --budget=steps:400 --output=OUT
     python -m masm_jax.benchmark accuracy --records=DIR --split=pairs --output=OUT
 
-Networks: masm (of the config), late, unet, aware, shift; in PyTorch dynunet, dynunet_light,
-segresnet, or MODULE:FUNCTION (torch_networks.py). All get the same crops, augmentation, loss,
-optimiser, schedule and evaluation; on the CPU, in float32, one run at a time.
+Networks: masm (of the config), late, unet, aware, shift; tiny, base, full (of that size); in
+PyTorch dynunet, dynunet_light, segresnet, or MODULE:FUNCTION (torch_networks.py). All get the same
+crops, augmentation, loss, optimiser, schedule and evaluation; on the CPU, in float32, one run at a
+time.
 
 minutes:N is wall-clock of training steps: compilation, checkpoints and evaluation are not in it.
 Each network is first timed alone for some steps, and its schedule ends with the steps that fit.
@@ -27,11 +28,11 @@ import jax
 
 from masm_jax import runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
-from masm_jax.benchmark.study import MIXERS, REPOSITORY, Budget, Fold, Run, Stopped, Study
+from masm_jax.benchmark.study import OURS, REPOSITORY, Budget, Fold, Run, Stopped, Study
 from masm_jax.data import records as records_lib
 from masm_jax.files import replacing
 
-OURS = ("seed", "total_steps", "data.records", "data.split", "model.mixers")  # not for --set
+FIXED = ("seed", "total_steps", "data.records", "data.split", "model.mixers")  # not for --set
 LEAST_CALIBRATION = 6  # steps: as many intervals are timed
 
 
@@ -176,9 +177,9 @@ def _names(text):
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"--networks={text}: expected names, each once, such as masm,segresnet")
-    known = ", ".join([*MIXERS, *torch_networks.BUILDERS])
+    known = ", ".join([*OURS, *torch_networks.BUILDERS])
     for name in names:
-        if name not in MIXERS:
+        if name not in OURS:
             try:
                 torch_networks.check(name)
             except ValueError as error:
@@ -226,8 +227,8 @@ def _study(args, output, folds):
     """The study of a folder, if what is there is of the same."""
     for text in args.set:
         key, equals, _ = text.partition("=")
-        if not equals or key in OURS:
-            raise ValueError(f"--set {text}: expected KEY=VALUE, and none of {', '.join(OURS)}")
+        if not equals or key in FIXED:
+            raise ValueError(f"--set {text}: expected KEY=VALUE, and none of {', '.join(FIXED)}")
     config = pathlib.Path(args.config)
     config = config if config.is_file() else REPOSITORY / config
     if not config.is_file():

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from masm_jax import compare
 from masm_jax import config as config_lib
 from masm_jax.benchmark import counting, plots
-from masm_jax.benchmark.study import MIXERS, training_rate
+from masm_jax.benchmark.study import OURS, training_rate
 from masm_jax.data.records import Records
 from masm_jax.evaluation import tables
 from masm_jax.files import replacing
@@ -165,7 +165,7 @@ def words(dice):
 
 def cost(folder, name):
     """{"framework", "parameters", "gmac": 1e9 multiplications of a crop forward} of a run."""
-    if name not in MIXERS:
+    if name not in OURS:
         about = _read(folder / "network.json")
         return {key: about[key] for key in ("framework", "parameters", "gmac")}
     config = config_lib.load(folder)

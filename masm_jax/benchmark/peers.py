@@ -12,7 +12,7 @@ from masm_jax.data import conventions
 
 MODALITIES, REGIONS = 4, 3
 _SHAPE = {"spatial_dims": 3, "in_channels": MODALITIES, "out_channels": REGIONS}
-_NNUNET = _SHAPE | {
+NNUNET = _SHAPE | {
     "kernel_size": [3] * 6,
     "strides": [1, 2, 2, 2, 2, 2],
     "upsample_kernel_size": [2] * 5,
@@ -22,7 +22,7 @@ _NNUNET = _SHAPE | {
     "deep_supervision": False,
     "res_block": False,
 }
-_SEGRESNET = _SHAPE | {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
+SEGRESNET = _SHAPE | {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
 _MEDNEXT = _SHAPE | {"kernel_size": 3, "deep_supervision": False}
 _CONCAT = {"model.mixers": ("concat",) * 6}
 
@@ -96,9 +96,9 @@ NETWORKS = {
     "unet_base_torch": _unet("base"),
     "unet_tiny": Ours("concatenation U-Net, tiny", {"model.size": "tiny", "model.mixers": ()}),
     "unet_tiny_torch": _unet("tiny"),
-    "dynunet": Peer("DynUNet, nnU-Net's BraTS shape", "DynUNet", _NNUNET),
-    "segresnet16": Peer("SegResNet, 16 filters", "SegResNet", _SEGRESNET | {"init_filters": 16}),
-    "segresnet32": Peer("SegResNet, 32 filters", "SegResNet", _SEGRESNET | {"init_filters": 32}),
+    "dynunet": Peer("DynUNet, nnU-Net's BraTS shape", "DynUNet", NNUNET),
+    "segresnet16": Peer("SegResNet, 16 filters", "SegResNet", SEGRESNET | {"init_filters": 16}),
+    "segresnet32": Peer("SegResNet, 32 filters", "SegResNet", SEGRESNET | {"init_filters": 32}),
     "unetr": Peer("UNETR, ViT-B/16", "UNETR", _SHAPE | {"feature_size": 16}, edge="img_size"),
     "swinunetr48": Peer("SwinUNETR, 48 features", "SwinUNETR", _SHAPE | {"feature_size": 48}),
     "vnet": Peer("V-Net", "VNet", _SHAPE),

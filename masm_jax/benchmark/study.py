@@ -22,12 +22,15 @@ from masm_jax import runtime
 
 REPOSITORY = pathlib.Path(masm_jax.__file__).resolve().parents[1]
 LEVELS = 6
-MIXERS = {  # networks of ours by config.model.mixers; None: those of the config
-    "masm": None,
-    "late": ("concat",) * LEVELS,
-    "unet": (),
-    "aware": ("aware",) * LEVELS,
-    "shift": ("shift",) * LEVELS,
+OURS = {  # networks of ours: what they change of the config
+    "masm": (),
+    "late": (f"model.mixers={('concat',) * LEVELS!r}",),
+    "unet": ("model.mixers=()",),
+    "aware": (f"model.mixers={('aware',) * LEVELS!r}",),
+    "shift": (f"model.mixers={('shift',) * LEVELS!r}",),
+    "tiny": ("model.size=tiny",),
+    "base": ("model.size=base",),
+    "full": ("model.size=full",),
 }
 _INTERVALS = 6  # of a calibration; the first has the compilation in it and does not count
 
@@ -162,21 +165,20 @@ class Study:
             words += [f"--records={self._test_records}", "--split=all"]
         else:
             words.append("--split=val")
-        if run.network not in MIXERS:
+        if run.network not in OURS:
             words.append("--loader=masm_jax.benchmark.torch_train")
         _process(words, folder, stop)
 
     def _train(self, network, folder, seed, fold, steps, more, stop):
-        if network in MIXERS:
-            words, mixers = ["train.py"], MIXERS[network]
-            if mixers is not None:
-                more = [*more, f"--config.model.mixers={mixers!r}"]
+        changes = OURS.get(network, ())
+        if network in OURS:
+            words = ["train.py"]
         else:
             words = ["-m", "masm_jax.benchmark.torch_train", f"--network={network}"]
         words += [
             f"--config={self._config}",
             f"--workdir={folder}",
-            *(f"--config.{text}" for text in self._given),
+            *(f"--config.{text}" for text in (*self._given, *changes)),
             # The clock of a run is of training steps; what is compared is evaluated at the end.
             "--config.log.patch_every=0",
             "--config.log.volume_every=0",

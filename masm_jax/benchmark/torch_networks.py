@@ -9,34 +9,36 @@ heads of deep supervision enlarged to the whole grid, the main one first, as MON
 import importlib
 import importlib.util
 
+from masm_jax.benchmark.peers import NNUNET, SEGRESNET
+
 SMALLEST = 4  # edge of the coarsest grid, voxels: nnU-Net halves no further
-WIDTHS = (32, 64, 128, 256, 320, 320)  # of nnU-Net (Isensee et al. 2021)
 
 
-def dynunet(modalities, regions, patch, widths=WIDTHS):
+def dynunet(modalities, regions, patch, narrower=1):
     """nnU-Net's network: as many levels as the crop has room for, full widths, deep supervision."""
     from monai.networks.nets import DynUNet
 
+    widths = [width // narrower for width in NNUNET["filters"]]
     levels = 1
     while levels < len(widths) and min(patch) // 2**levels >= SMALLEST:
         levels += 1
     strides = [1] + [2] * (levels - 1)
-    return DynUNet(
-        spatial_dims=3,
-        in_channels=modalities,
-        out_channels=regions,
-        kernel_size=[3] * levels,
-        strides=strides,
-        upsample_kernel_size=strides[1:],
-        filters=widths[:levels],
-        deep_supervision=levels > 3,
-        deep_supr_num=max(1, levels - 3),  # as nnU-Net: none at the two coarsest levels
-    )
+    shape = {
+        "in_channels": modalities,
+        "out_channels": regions,
+        "kernel_size": [3] * levels,
+        "strides": strides,
+        "upsample_kernel_size": strides[1:],
+        "filters": widths[:levels],
+        "deep_supervision": levels > 3,
+        "deep_supr_num": max(1, levels - 3),  # as nnU-Net: none at the two coarsest levels
+    }
+    return DynUNet(**NNUNET | shape)
 
 
 def dynunet_light(modalities, regions, patch):
     """The same with a quarter of the widths: about the multiplications of MASM tiny."""
-    return dynunet(modalities, regions, patch, tuple(width // 4 for width in WIDTHS))
+    return dynunet(modalities, regions, patch, narrower=4)
 
 
 def segresnet(modalities, regions, patch):
@@ -44,15 +46,8 @@ def segresnet(modalities, regions, patch):
     from monai.networks.nets import SegResNet
 
     del patch  # takes any that is a multiple of 8
-    return SegResNet(
-        spatial_dims=3,
-        init_filters=16,
-        in_channels=modalities,
-        out_channels=regions,
-        dropout_prob=0.2,
-        blocks_down=(1, 2, 2, 4),
-        blocks_up=(1, 1, 1),
-    )
+    shape = {"in_channels": modalities, "out_channels": regions, "init_filters": 16}
+    return SegResNet(**SEGRESNET | shape, dropout_prob=0.2)
 
 
 BUILDERS = {"dynunet": dynunet, "dynunet_light": dynunet_light, "segresnet": segresnet}
@@ -71,8 +66,8 @@ def check(name):
     for package in ("torch", "monai") if name in BUILDERS else ("torch",):
         if importlib.util.find_spec(package) is None:
             raise ValueError(
-                f"network {name!r} needs {package}, which is not in this Python; install the CPU "
-                f"builds of torch and monai beside requirements.txt, or leave the network out"
+                f"network {name!r} needs {package}, which is not in this Python: `make bench-env` "
+                f"makes .venv-bench with it; or leave the network out"
             )
 
 
