@@ -94,7 +94,7 @@ def waiting(*, records, patch, batch, foreground, rate, seconds):
 
     Returns:
       {"steps", "seconds", "waited": s in ``next``, "idle": s in which the device had nothing to
-      do}, all after the first step.
+      do}, all from the arrival of the first batch on.
     """
     import jax
 
@@ -105,22 +105,22 @@ def waiting(*, records, patch, batch, foreground, rate, seconds):
     runtime.start(cache=False)
     found, mesh = Records(records), sharding.make_mesh(jax.local_devices()[:1])
     host = pipeline.batches(
-        found, found.cases, seed=0, batch_size=batch, patch=patch, foreground=foreground,
-        rows=sharding.rows_here(mesh, batch),
+        found, loaders.visits(found.cases), seed=0, batch_size=batch, patch=patch,
+        foreground=foreground, rows=sharding.rows_here(mesh, batch),
     )  # fmt: skip
     stream = sharding.transferred(host, mesh, batch)
     jax.block_until_ready(next(stream))
-    length, ends = batch / rate, [time.perf_counter()]
-    began, waited = ends[0], 0.0
+    began, length, waited = time.perf_counter(), batch / rate, 0.0
+    ends = [began + length]  # of the steps: the first has begun
     while time.perf_counter() - began < seconds:
         asked = time.perf_counter()
         arrived = next(stream)
         waited += time.perf_counter() - asked
         jax.block_until_ready(arrived)  # the device would: its step needs the voxels
         ends.append(max(time.perf_counter(), ends[-1]) + length)
-        if len(ends) > _AHEAD + 1:
+        if len(ends) > _AHEAD:
             time.sleep(max(0.0, ends[-1 - _AHEAD] - time.perf_counter()))
-    steps, elapsed = len(ends) - 1, ends[-1] - began
+    steps, elapsed = len(ends), ends[-1] - began
     return {
         "steps": steps,
         "seconds": elapsed,

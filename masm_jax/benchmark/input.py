@@ -222,7 +222,8 @@ def table(found):
     machine, shape = found["machine"], "x".join(map(str, found["cases"]["shape"]))
     lines = [
         f"{found['cases']['number']} {found['cases']['origin']} cases of about {shape} voxels; "
-        f"{found['what']}; {found['foreground']:.0%} of the crops around tumour. "
+        f"{found['what']}; {found['foreground']:.0%} of the crops around tumour; "
+        "epochs of at least 1251 crops. "
         f"{machine['cores']} cores of {machine['processor']}, load {machine['load']} before, "
         f"{machine['date']}.",
         "",
@@ -284,6 +285,7 @@ def picture(found):
     for row in found["memory"]:
         samples, name = row["samples"], f"{row['process']} of {row['workers']} workers"
         right.plot(samples["crops"], np.asarray(samples["own"]) / 1024, label=name)
+    right.margins(y=0.1)
     right.set_ylim(0)
     right.set_xlabel("crops")
     right.set_ylabel("MB of its own")

@@ -109,4 +109,10 @@ def test_a_wrong_number_is_one_line(records, capsys):
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(input.importlib.util, "find_spec", lambda name: None)
     assert set(input.skipped()) == set(loaders.NEEDS)
-    assert "blosc2 not installed; pip install" in input.skipped()["nnunet"]
+    assert "blosc2, torch not installed; pip install" in input.skipped()["nnunet"]
+
+
+def test_an_epoch_of_few_cases_is_as_long_as_one_of_brats():
+    visits = loaders.visits(["a", "b"])
+    assert len(visits) == 1252 and visits.count("a") == visits.count("b")
+    assert loaders.visits(["c"] * 2000) == ["c"] * 2000
