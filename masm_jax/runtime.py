@@ -36,7 +36,8 @@ def start(*, devices=0, cache=True):
     if cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = pathlib.Path.home() / ".cache" / "masm_jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    # Small programs too: a training step comes with eighty, a second of compilation in all.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _keep_memory():

@@ -5,6 +5,7 @@ is on every device: to cut it would save less than one activation takes (docs/sc
 """
 
 import collections
+import concurrent.futures
 
 import jax
 import numpy as np
@@ -146,6 +147,9 @@ def global_batch(mesh, batch, batch_size=None):
 def transferred(stream, mesh, batch_size, *, ahead=1):
     """Batches of a stream on the mesh, the next ones on their way while one is worked on.
 
+    A thread reads, as to put a batch together takes a tenth of a fast device's step: one more batch
+    is in the memory of the host.
+
     Args:
       stream: iterator of host batches; ``global_batch`` says of what.
       mesh, batch_size: as there.
@@ -154,9 +158,12 @@ def transferred(stream, mesh, batch_size, *, ahead=1):
     Yields:
       global batches, in order.
     """
-    waiting = collections.deque()
-    for batch in stream:
-        waiting.append(global_batch(mesh, batch, batch_size))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
+    waiting, stream = collections.deque(), iter(stream)
+    with concurrent.futures.ThreadPoolExecutor(1, "batches") as reader:
+        coming = reader.submit(next, stream, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, stream, None)
+            waiting.append(global_batch(mesh, batch, batch_size))
+            if len(waiting) > ahead:
+                yield waiting.popleft()
     yield from waiting
