@@ -5,9 +5,10 @@ compared: convolutions and matrix products count, padding included; norms, activ
 pooling and resampling do not. XLA's ``cost_analysis`` counts otherwise: everything, but no taps
 that fall on padding, and the body of a loop once.
 
-A convolution that is computed as several 2-D ones, or by its transpose on the way back, costs what
-the 3-D one costs. ``RESAMPLE`` names the scope in which a matrix product is only our way to move or
-interpolate voxels, which the other framework does by indexing; it is counted apart.
+What is counted is the network, not the form in which a backend computes its convolutions: each is
+traced as the one 3-D convolution it stands for. ``RESAMPLE`` names the scope in which a matrix
+product is only our way to move or interpolate voxels, which the other framework does by indexing;
+it is counted apart.
 """
 
 import collections
@@ -17,6 +18,7 @@ import re
 import jax
 from jax.extend import core as jex
 
+from masm_jax.models import conv
 from masm_jax.models.layers import RESAMPLE
 
 PARTS = ("encoder", "mixers", "decoder")  # name scopes of the network
@@ -36,7 +38,7 @@ def macs(function, *arguments):
       ValueError: a loop whose length depends on values.
     """
     counts = collections.Counter()
-    _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1, "", counts, None)
+    _count(_jaxpr(function, arguments), 1, "", counts, None)
     return counts
 
 
@@ -48,7 +50,7 @@ def total(counts):
 def by_scope(function, *arguments):
     """The same by name scopes: {scope: MACs}, without what only moves voxels."""
     scopes = collections.Counter()
-    _count(jax.make_jaxpr(function)(*arguments).jaxpr, 1, "", collections.Counter(), scopes)
+    _count(_jaxpr(function, arguments), 1, "", collections.Counter(), scopes)
     return scopes
 
 
@@ -68,13 +70,16 @@ def by_place(function, *arguments):
     return dict(sorted(places.items(), key=lambda item: (order.index(item[0].split()[0]), item)))
 
 
+def _jaxpr(function, arguments):
+    with conv.traced_for("cuda"):
+        return jax.make_jaxpr(function)(*arguments).jaxpr
+
+
 def _count(jaxpr, times, outer, counts, scopes):
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         scope = "/".join(part for part in (outer, str(eqn.source_info.name_stack)) if part)
         if name in _PRODUCTS:
-            if all(isinstance(var, jex.DropVar) for var in eqn.outvars):
-                continue  # nobody takes it: a rule's gradient of something that has none
             kind, product = _PRODUCTS[name]
             number = times * product(eqn)
             moved = RESAMPLE in scope

@@ -1,5 +1,6 @@
 """A measurement in a process of its own: its result, its cores, its end."""
 
+import mmap
 import os
 import time
 
@@ -22,12 +23,15 @@ def test_what_goes_wrong_is_said():
 
 
 def test_memory_and_time_of_a_process():
-    before, used = workers.memory(), workers.cpu_seconds(workers.family())
-    held = bytearray(os.urandom(2**25))  # 32 MiB, written to
+    before, used = workers.memory(), workers.cpu_seconds([os.getpid()])
+    held = mmap.mmap(-1, 2**25, mmap.MAP_PRIVATE)  # pages of its own, where no freed ones serve
+    held.write(os.urandom(len(held)))
     after = workers.memory()
     for kind in ("own", "share", "rss"):
         assert after[kind] - before[kind] > 0.9 * len(held) / 1024
-    while time.process_time() < used + 0.1:  # a clock of ticks sees a tenth of a second
+    start = time.process_time()
+    while time.process_time() < start + 0.1:  # a clock of ticks sees a tenth of a second
         pass
-    assert workers.cpu_seconds(workers.family()) > used
+    assert workers.cpu_seconds([os.getpid()]) > used
+    assert workers.family()[0] == os.getpid()
     assert workers.memory(2**30) == {}
