@@ -6,14 +6,15 @@ One function, ``conv``, one result; three ways to compute it:
 * ``taps``    the sum over the depth taps of 2-D convolutions with depth folded into the batch. On
               TPU the large folded batch is laid into the lanes, so few channels are not padded to
               128.
-* ``stacked`` the depth neighbours side by side in the channels, then one 2-D convolution. On CPU it
-              runs forward and backward several times faster than ``direct``, for three times the
-              input's memory, with the gradient of the kernel and convolutions of very small planes
-              as matrix products (docs/performance.md).
+* ``stacked`` the depth neighbours side by side in the channels, then one 2-D convolution; of large
+              planes, of very small ones, and for the gradient of the kernel matrix products. On CPU
+              it runs forward and backward several times faster than ``direct``
+              (docs/performance.md).
 """
 
 import contextlib
 import contextvars
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,11 @@ def traced_for(platform):
         _platform.reset(token)
 
 
+def platform_of_trace():
+    """Where the program being traced will run: the default backend, or that of ``traced_for``."""
+    return _platform.get() or jax.default_backend()
+
+
 def conv(x, kernel, *, depth, stride=1, lowering=None):
     """3-D convolution, padded as PyTorch's ``padding=k // 2`` (symmetric, at every stride).
 
@@ -61,7 +67,7 @@ def conv(x, kernel, *, depth, stride=1, lowering=None):
     size = kernel.shape[0]
     if size == 1 and stride == 1:
         return x @ kernel[0, 0, 0].astype(x.dtype)
-    platform = _platform.get() or jax.default_backend()
+    platform = platform_of_trace()
     lowering = lowering or fastest(platform)
     if lowering not in LOWERINGS:
         raise ValueError(f"lowering={lowering!r}: expected one of {LOWERINGS} or None")
@@ -109,43 +115,86 @@ def _taps(x, kernel, depth, stride):
 
 
 def _stacked(x, kernel, depth, stride):
-    size = kernel.shape[0]
-    beside = jnp.concatenate(_shifted(x, kernel, depth, stride), axis=-1)
-    kernel = jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
-    if beside.shape[1] * beside.shape[2] <= size * size:
-        return _as_product(beside, kernel, stride)
     if stride == 1:
-        return _with_fast_gradient(beside, kernel)
-    return _planes(beside, kernel, stride)
+        return _in_all_planes(x, kernel, depth, spatial.count())
+    return _planes(*_beside(x, kernel, depth, stride), stride)
 
 
-def _as_product(x, kernel, stride):
+def _beside(x, kernel, depth, stride):
+    """x with its depth neighbours in the channels, and the 2-D kernel for that."""
+    size = kernel.shape[0]
+    shifted = jnp.concatenate(_shifted(x, kernel, depth, stride), axis=-1)
+    return shifted, jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _in_all_planes(x, kernel, depth, devices):
+    """Stride 1, in the form that is fastest for planes of this size."""
+    with spatial.shared_by(devices):  # the way back is traced when that is long forgotten
+        return _of_size(x, kernel, depth)
+
+
+def _of_size(x, kernel, depth):
+    size = kernel.shape[0]
+    exported = not isinstance(x.shape[0], int)  # for any number of tiles at once (export.py)
+    if x.shape[1] * x.shape[2] >= _LARGE and not exported:
+        return _part_by_part(x, kernel, depth)
+    x, kernel = _beside(x, kernel, depth, 1)
+    if x.shape[1] * x.shape[2] <= size * size:
+        return _as_product(x, kernel)
+    return _planes(x, kernel, 1)
+
+
+def _as_product(x, kernel):
     """``_planes`` as one matrix product: on planes of 2 x 2 XLA's is 25 times slower on a CPU."""
     n, h, w, _ = x.shape
     size, side = kernel.shape[0], kernel.shape[0] // 2
     x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
-    seen = [x[:, i : i + h : stride, j : j + w : stride] for i in range(size) for j in range(size)]
+    seen = [x[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
     return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
-@jax.custom_vjp
-def _with_fast_gradient(x, kernel):
-    """``_planes`` with stride 1; the gradient of its kernel is ``_kernel_gradient``."""
-    return _planes(x, kernel, 1)
+def _part_by_part(x, kernel, depth):
+    """Some rows of a plane after the others, in a core's cache: neighbours along depth and width
+    beside each other, times the kernel for all of its rows at once; then these are added."""
+    n, h, w, channels = x.shape
+    size, side, out = kernel.shape[0], kernel.shape[0] // 2, kernel.shape[-1]
+    ends = (side, side)
+    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
+    volumes = jnp.pad(volumes, ((0, 0), (0, 0), ends, ends, (0, 0)))
+    wide = kernel.transpose(0, 2, 3, 1, 4).reshape(-1, size * out)
+    parts = _parts(h, max(1, _OF_ROWS // (w * size * size * channels * x.dtype.itemsize)))
+    rows = h // parts
+
+    def part(index):
+        plane, start = index // parts, index % parts * rows
+        start = (plane // depth, plane % depth, start, 0, 0)
+        shape = (1, size, rows + 2 * side, *volumes.shape[3:])
+        (seen,) = lax.dynamic_slice(volumes, start, shape)
+        seen = [seen[i, :, j : j + w] for i in range(size) for j in range(size)]
+        y = jnp.concatenate(seen, -1) @ wide
+        return sum(y[t : t + rows, :, t * out : (t + 1) * out] for t in range(size))
+
+    return lax.map(part, jnp.arange(n * parts)).reshape(n, h, w, out)
 
 
-def _forward(x, kernel):
-    return _planes(x, kernel, 1), (x, kernel)
+def _forward(x, kernel, depth, devices):
+    return _in_all_planes(x, kernel, depth, devices), (x, kernel)
 
 
-def _backward(saved, dy):
+def _backward(depth, devices, saved, dy):
     x, kernel = saved
-    (dx,) = jax.linear_transpose(lambda x: _planes(x, kernel, 1), x)(dy)
-    return dx, _kernel_gradient(x, dy, kernel.shape[0])
+    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    with spatial.shared_by(devices):
+        beside, _ = _beside(x, kernel, depth, 1)
+    gradient = _kernel_gradient(beside, dy, kernel.shape[0])
+    gradient = jnp.moveaxis(gradient.reshape(kernel.shape), 2, 0)
+    return _in_all_planes(dy, turned, depth, devices), gradient
 
 
-_with_fast_gradient.defvjp(_forward, _backward)
-_AT_ONCE = 2**22  # bytes of neighbours of a part of the planes: a core's cache
+_in_all_planes.defvjp(_forward, _backward)
+_LARGE = 32 * 32  # voxels of a plane
+_OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
 
 
 def _kernel_gradient(x, dy, size):
@@ -173,7 +222,7 @@ def _kernel_gradient(x, dy, size):
         return jnp.einsum("nhwc,nhwo->co", x, beside, preferred_element_type=jnp.float32)
 
     plane = h * w * size * size * out * dy.dtype.itemsize
-    parts = _parts(n, max(1, _AT_ONCE // plane))
+    parts = _parts(n, max(1, _OF_PLANES // plane))
     split = [a.reshape(parts, n // parts, *a.shape[1:]) for a in (x, dy)]
     total = lax.map(lambda part: product(*part), tuple(split)).sum(0)
     return total.reshape(channels, size, size, out).transpose(1, 2, 0, 3).astype(x.dtype)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from masm_jax.models import spatial
-from masm_jax.models.conv import conv
+from masm_jax.models.conv import conv, platform_of_trace
 
 LEAKY_SLOPE = 0.01
 RESAMPLE = "resample"  # scope of products with fixed matrices, which stand for moves of voxels
@@ -54,12 +54,12 @@ def space_to_depth(x, factor):
 def stem(x, factor):
     """``space_to_depth`` of one channel: (f N, f H, f W) -> (N, H, W, f^3).
 
-    The last axis, which scans come with, is taken apart by a product with a matrix of ones and
-    zeros: on TPU seven axes at once moved twelve times the bytes. A voxel that is not finite spoils
-    its row (records and scans are checked before).
+    On TPU the last axis, which scans come with, is taken apart by a product with a matrix of ones
+    and zeros: seven axes at once moved twelve times the bytes. A voxel that is not finite spoils
+    its row there (records and scans are checked before).
     """
-    if factor == 1:
-        return x[..., None]
+    if factor == 1 or platform_of_trace() != "tpu":
+        return space_to_depth(x[..., None], factor)
     n, h, w = (size // factor for size in x.shape)
     apart = np.eye(w * factor, dtype=np.float32).reshape(w * factor, w, factor)
     y = jnp.einsum(

@@ -36,14 +36,15 @@ def over(mesh, function, specs, out_specs):
     def local(params, *arguments):
         # Here, in float32, and not behind the first cast: gradients are summed in their precision.
         params = jax.tree.map(lambda leaf: lax.pcast(leaf, mesh.axis_names, to="varying"), params)
-        with _cut(mesh.shape[AXIS]):
+        with shared_by(mesh.shape[AXIS]):
             return function(params, *arguments)
 
     return jax.shard_map(local, mesh=mesh, in_specs=(jax.P(), *specs), out_specs=out_specs)
 
 
 @contextlib.contextmanager
-def _cut(count):
+def shared_by(count):
+    """Inside, ``count`` devices share a volume."""
     token = _count.set(count)
     try:
         yield

@@ -44,12 +44,14 @@ def test_the_order_of_memory_changes_no_number():
     "planes, grid, channels, out",
     [
         (6, (5, 7), 3, 4),
-        (64, (32, 32), 6, 24),  # the gradient of the kernel in parts
+        (64, (32, 32), 6, 24),  # part by part; the gradient of the kernel too
+        (4, (80, 72), 48, 3),  # a plane in two parts
         (4, (2, 2), 5, 6),  # as one matrix product
         (4, (1, 3), 5, 6),
     ],
 )
-def test_the_form_for_cpus_has_the_gradients_of_the_plain_convolution(planes, grid, channels, out):
+def test_the_form_for_cpus_is_the_plain_convolution(planes, grid, channels, out):
+    """Values and both gradients."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (planes, *grid, channels))
     kernel = jax.random.normal(keys[1], (3, 3, 3, channels, out))
@@ -57,9 +59,11 @@ def test_the_form_for_cpus_has_the_gradients_of_the_plain_convolution(planes, gr
 
     def by(lowering):
         def loss(x, kernel):
-            return (conv.conv(x, kernel, depth=planes // 2, lowering=lowering) * weight).sum()
+            y = conv.conv(x, kernel, depth=planes // 2, lowering=lowering)
+            return (y * weight).sum(), y
 
-        return jax.jit(jax.grad(loss, (0, 1)))(x, kernel)
+        gradients, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)
+        return y, *gradients
 
     for found, wanted in zip(by("stacked"), by("direct")):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-6 * abs(wanted).max())
