@@ -211,7 +211,8 @@ def make_run(make_config):
 
 
 def weights_of(segmenter):
-    values = {float(v) for leaf in jax.tree.leaves(segmenter._params) for v in jnp.unique(leaf)}
+    leaves = jax.device_get(jax.tree.leaves(segmenter._params))
+    values = {float(value) for leaf in leaves for value in np.unique(leaf)}
     assert len(values) == 1
     return values.pop()
 
