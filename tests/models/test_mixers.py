@@ -108,7 +108,7 @@ def test_gradient_reaches_every_parameter_of_the_mixer():
         mixed, _ = mix(nnx.merge(graph, params), x, keys, 1.0)
         return (mixed**3).sum()
 
-    gradient = nnx.to_pure_dict(jax.grad(loss)(params))
+    gradient = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
