@@ -147,23 +147,25 @@ def global_batch(mesh, batch, batch_size=None):
 def transferred(stream, mesh, batch_size, *, ahead=1):
     """Batches of a stream on the mesh, the next ones on their way while one is worked on.
 
-    A thread reads, as to put a batch together takes a tenth of a fast device's step: one more batch
-    is in the memory of the host.
+    A thread puts them together and sends them: both took a tenth of a fast device's step, in which
+    the loop could start nothing.
 
     Args:
       stream: iterator of host batches; ``global_batch`` says of what.
       mesh, batch_size: as there.
-      ahead: batches in transfer beside the one handed out; each takes device memory.
+      ahead: batches read or in transfer beside the one handed out; each takes device memory.
 
     Yields:
       global batches, in order.
     """
-    waiting, stream = collections.deque(), iter(stream)
-    with concurrent.futures.ThreadPoolExecutor(1, "batches") as reader:
-        coming = reader.submit(next, stream, None)
-        while (batch := coming.result()) is not None:
-            coming = reader.submit(next, stream, None)
-            waiting.append(global_batch(mesh, batch, batch_size))
-            if len(waiting) > ahead:
-                yield waiting.popleft()
-    yield from waiting
+    stream = iter(stream)
+
+    def one():
+        batch = next(stream, None)
+        return batch and global_batch(mesh, batch, batch_size)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "batches") as sender:
+        coming = collections.deque(sender.submit(one) for _ in range(ahead))
+        while batch := coming.popleft().result():
+            coming.append(sender.submit(one))
+            yield batch
