@@ -88,7 +88,7 @@ test: test-tools
 	$(PY) -m ruff check .
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
-	$(PY) -m pytest -n 2 --dist loadfile $(PYTEST)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: test-tools
 	$(PY) -m ruff check .

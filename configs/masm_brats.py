@@ -35,13 +35,21 @@ def get_config():
     data.split = "0/5"
     data.split_seed = 0  # of the shuffle before "K/N": the folds stay where seed changes
     data.foreground = 1 / 3  # share of crops centred on tumour
+    # Share of the crops that lose modalities, so that scans may be missing later: a random subset
+    # of them, at least one, stays (docs/data.md)
+    data.modality_dropout = 0.0
     data.workers = 0  # reader processes; 0 reads in threads, enough for memory-mapped records
 
     config.model = model = ml_collections.ConfigDict()
     model.size = "base"  # tiny, base or full (models/masm.py)
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
-    model.pairs = (("t1", "t1ce"), ("t2", "flair"))  # of the Modality-Aware mixer
-    model.mosaic = "bayer3d"  # of the Modality-Shift mixer (models/mosaic.py)
+    # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's
+    model.pairs = (("t1", "t1ce"), ("t2", "flair"))
+    # Of the Modality-Shift mixer: a named one, "random:SEED", "learnt", or a table of integers
+    # (models/mosaic.py)
+    model.mosaic = "bayer3d"
+    # What follows its attention over modalities, in this order: channel, gate, window
+    model.shift_extras = ()
     # What becomes of pruned patches: replace, the partner's come in their place; mask, they stay,
     # but nothing attends to them; none: nothing is pruned
     model.pruning = "replace"
@@ -91,6 +99,7 @@ def get_config():
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
     # Share of the tokens that the Modality-Aware mixers work on, by score (docs/performance.md)
     infer.token_share = 1.0
+    infer.present = ()  # modalities to work with, as if the others were missing; () = all
     infer.average = 1  # newest checkpoints whose weights are averaged; log.keep must be as many
     infer.runs = ()  # folders of more runs, such as folds: probabilities are averaged with theirs
     infer.threshold = (0.5,)  # on the probability: one for all regions, or one each

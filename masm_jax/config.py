@@ -9,7 +9,8 @@ from masm_jax.evaluation.lesions import STYLES
 from masm_jax.files import as_path, replacing
 from masm_jax.models.aware import PRUNING
 from masm_jax.models.masm import MIXERS, REMAT, SIZES, divisor, edges
-from masm_jax.models.mosaic import offsets
+from masm_jax.models.mosaic import learnt_edge, offsets
+from masm_jax.models.shift import EXTRAS
 
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
@@ -92,6 +93,12 @@ def validate(config):
     )
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
+    check(
+        0 <= data.modality_dropout <= 1,
+        "data.modality_dropout",
+        data.modality_dropout,
+        "a share in [0, 1]",
+    )
     check(0 <= data.foreground <= 1, "data.foreground", data.foreground, "a share in [0, 1]")
     check(0 <= config.infer.overlap < 1, "infer.overlap", config.infer.overlap, "in [0, 1)")
     threshold = tuple(config.infer.threshold)
@@ -135,17 +142,22 @@ def validate(config):
         mixers,
         f"six entries, level 1 to 6, each one of {', '.join(MIXERS)}; or () for the plain U-Net",
     )
-    named = [modality for pair in model.pairs for modality in pair]
+    pairs = [frozenset(pair) for pair in model.pairs]
     check(
-        len(set(named)) == len(named) and all(len(pair) == 2 for pair in model.pairs),
+        all(len(pair) == 2 for pair in pairs) and len(set(pairs)) == len(pairs),
         "model.pairs",
         model.pairs,
-        "pairs of modality names, no modality twice",
+        "pairs of two modality names, no pair twice; or () for those of the records",
     )
-    try:
-        offsets(model.mosaic, (1, 1, 1), 4)
-    except ValueError as error:
-        faults.append(f"config.model.{error}")
+    if not learnt_edge(model.mosaic):
+        try:
+            offsets(model.mosaic, (1, 1, 1), 4)
+        except ValueError as error:
+            faults.append(f"config.model.{error}")
+    check(
+        set(model.shift_extras) <= set(EXTRAS), "model.shift_extras", tuple(model.shift_extras),
+        "some of " + ", ".join(EXTRAS),
+    )
     if not faults:
         multiple = divisor(model)
         nearest = [max(multiple, round(edge / multiple) * multiple) for edge in edges(patch)]
@@ -171,6 +183,8 @@ def validate(config):
 def validate_records(config, records):
     """Check a config against the records it is to be trained on.
 
+    ``model.pairs`` = () becomes the pairs of their description.
+
     Raises:
       ValueError: spacing or modalities do not fit.
     """
@@ -181,12 +195,23 @@ def validate_records(config, records):
             f"takes any), or prepare again with --spacing={config.data.spacing}"
         )
     check_thresholds(config, records.regions)
+    if "aware" not in tuple(config.model.mixers):
+        return
+    if not config.model.pairs:
+        config.model.pairs = records.pairs
     named = {modality for pair in config.model.pairs for modality in pair}
     missing = sorted(named - set(records.modalities))
-    if missing and "aware" in tuple(config.model.mixers):
+    if missing or not named:
+        what = f"names {', '.join(missing)}" if missing else "is (), and the description has none"
+        example = records.pairs or (tuple(records.modalities[:2]),)
+        fix = (
+            f"pair those that exist: --config.model.pairs='{example}'"
+            if len(records.modalities) > 1
+            else "one modality has no partner: --config.model.mixers='()' is the plain U-Net"
+        )
         raise ValueError(
-            f"config.model.pairs names {', '.join(missing)}: the records in {config.data.records} "
-            f"have {', '.join(records.modalities)}; pair those that exist"
+            f"config.model.pairs {what}: the records in {config.data.records} have "
+            f"{', '.join(records.modalities)}; {fix}"
         )
 
 
@@ -228,6 +253,8 @@ def _set(section, name, value, where):
     """One value, of the type that the key has: 1 is a float too, 0.4 a tuple of one."""
     kind = type(section[name])
     if kind in (tuple, list):
+        if isinstance(value, str):  # words: t1ce,flair
+            value = tuple(word.strip() for word in value.split(","))
         value = tuple(value) if isinstance(value, list | tuple) else (value,)
         with section.unlocked(), section.ignore_type():
             section[name] = value

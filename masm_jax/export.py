@@ -93,6 +93,11 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
             f"infer.runs = {tuple(infer.runs)}: an export holds one network, expected none; export "
             f"{workdir} alone: --set='infer.runs=()'"
         )
+    if infer.present:
+        raise ValueError(
+            f"infer.present = {tuple(infer.present)}: an export works with all; expected "
+            f"none named: --set='infer.present=()'"
+        )
     about = {
         "run": str(workdir),
         "checkpoint": which,

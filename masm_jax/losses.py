@@ -134,14 +134,26 @@ def keep_ratios(keep):
     return {level: mask.mean((2, 3, 4)) for level, mask in keep.items()}
 
 
-def ratio_loss(ratios, target):
+def mean_ratios(ratios, free=None):
+    """The mean over the batch: {"level1": (M',), ...} float32.
+
+    Args:
+      ratios: of ``keep_ratios``.
+      free: (B, M') of 0 and 1, the examples that count; None: all. Where none does the result is 1.
+    """
+    if free is None:
+        return {level: ratio.mean(0) for level, ratio in ratios.items()}
+    weight, none = free / jnp.maximum(free.sum(0), 1), free.sum(0) == 0
+    return {level: (ratio * weight).sum(0) + none for level, ratio in ratios.items()}
+
+
+def ratio_loss(kept, target):
     """(mean keep - target)^2, averaged over levels and modalities (DynamicViT, section 3.3).
 
     Args:
-      ratios: of ``keep_ratios``; the mean is over the batch.
+      kept: of ``mean_ratios``.
       target: in (0, 1].
     """
-    if not ratios:
+    if not kept:
         return jnp.zeros((), jnp.float32)
-    means = jnp.stack([ratio.mean(0) for ratio in ratios.values()])
-    return ((means - target) ** 2).mean()
+    return ((jnp.stack(list(kept.values())) - target) ** 2).mean()

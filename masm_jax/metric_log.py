@@ -5,6 +5,7 @@ long computed. NaN is found there, with the step and the name.
 """
 
 import collections
+import functools
 import json
 import logging
 import math
@@ -12,7 +13,6 @@ import time
 
 import jax
 import matplotlib.image
-from tensorboardX import SummaryWriter
 
 from masm_jax.files import as_path, is_remote, replacing
 
@@ -40,16 +40,15 @@ class MetricLog:
 
     def __init__(self, workdir, *, total_steps, start_step, every, writes=True):
         workdir, self._writes = as_path(workdir), writes
-        self._path = workdir / "metrics.jsonl"
-        self._file = self._board = None
+        self._path, self._folder = workdir / "metrics.jsonl", None
+        self._file = None
         if writes:
             kept = self._take_back(start_step)
             self._file = _Whole(self._path, kept) if is_remote(workdir) else open(self._path, "a")
             if is_remote(workdir):
                 _log.info("%s: TensorBoard files are not written there; metrics.jsonl is", workdir)
             else:
-                board = str(workdir / "tensorboard")
-                self._board = SummaryWriter(board, purge_step=start_step + 1)
+                self._folder = workdir / "tensorboard"
         self._total, self._every, self._first = total_steps, every, start_step
         self._interval, self._pending = [], None
         self._ahead = collections.deque()
@@ -82,7 +81,7 @@ class MetricLog:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self._warn_of_keep_ratio(step, {k: v for k, v in line.items() if v is not None})
-        if self._board is None:
+        if self._folder is None:
             return
         for key, value in line.items():
             if key != "step" and value is not None:
@@ -93,9 +92,16 @@ class MetricLog:
 
     def close(self):
         """Close the files; what was handed over is written before."""
-        for file in (self._file, self._board):
+        for file in (self._file, self.__dict__.get("_board")):
             if file is not None:
                 file.close()
+
+    @functools.cached_property
+    def _board(self):
+        # Imports torch where that is installed, 2 s: not before the first step is under way.
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(str(self._folder), purge_step=self._first + 1)
 
     def _roll(self):
         now, step = time.perf_counter(), self._interval[-1][0]
@@ -120,7 +126,6 @@ class MetricLog:
         self._check(interval)
         step, metrics = interval[-1]
         values = {key: float(value) for key, value in metrics.items()} | times
-        self.write(step, values)
         if not self._writes:
             return
         _log.info(
@@ -134,6 +139,7 @@ class MetricLog:
             100 * times["time/wait_share"],
             _duration(times["time/left_s"]),
         )
+        self.write(step, values)
 
     def _check(self, interval):
         for step, metrics in interval:

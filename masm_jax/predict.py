@@ -4,18 +4,23 @@ python -m masm_jax.predict --workdir=RUN --input=CASE_OR_ROOT --output=OUT
 python -m masm_jax.predict --workdir=RUN --t1=A --t1ce=B --t2=C --flair=D --output=OUT
 python -m masm_jax.predict --from_export=FOLDER ...      (as masm_jax.export writes it; no config)
 
+A run that was trained with data.modality_dropout segments cases that lack modalities, too.
+
 Writes OUT/CASE.nii.gz in the grid, affine, header and label convention of each case, OUT/CASE.png
 to look at, and OUT/CASE.json with volumes and how they were made. Exit codes: 0 done, 1 an error, 2
 usage, 3 done but some cases failed (listed).
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import pathlib
 import re
 import sys
 import time
+
+import numpy as np
 
 from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
@@ -34,11 +39,11 @@ def main(argv=None):
     """Flags in, exit code out."""
     parser = _parser()
     args = parser.parse_args(argv)
-    missing = [name for name in conventions.MODALITIES if not getattr(args, name)]
-    if args.input is None and missing:
+    given = [name for name in conventions.MODALITIES if getattr(args, name)]
+    if args.input is None and not given:
         four = " ".join(f"--{name}" for name in conventions.MODALITIES)
-        parser.error(f"expected --input, or all of {four}; missing: {' '.join(missing)}")
-    if args.input is not None and len(missing) < len(conventions.MODALITIES):
+        parser.error(f"expected --input, or {four}")
+    if args.input is not None and given:
         parser.error("--input and files by modality are both given; leave out one")
     if args.input is not None and args.case:
         parser.error("--case names the one patient of --t1 ... --flair; leave it out with --input")
@@ -82,12 +87,13 @@ def _parser():
 
 
 def _predict(args):
-    cases, problems = _cases(args)
     if args.from_export:
         segmenter, meta = load_export(args.from_export)
     else:
         which = args.checkpoint or "latest"
         segmenter, meta = load_run(args.workdir, which=which, given=args.set)
+    partial = not args.from_export and segmenter.settings.may_lack
+    cases, problems = _cases(args, partial)
     failed = {}
     for problem in problems:
         failed[problem.case] = "; ".join(filter(None, [failed.get(problem.case), str(problem)]))
@@ -95,9 +101,12 @@ def _predict(args):
         began = time.perf_counter()
         try:
             task = case.convention
+            settings = segmenter.settings
+            wanted = settings.modalities
+            if partial:
+                wanted = [name for name in wanted if name in task.modalities] or wanted
             check_task(
-                {"modalities": segmenter.settings.modalities, "regions": segmenter.settings.regions,
-                 "spacing": None},
+                {"modalities": wanted, "regions": settings.regions, "spacing": None},
                 modalities=task.modalities, regions=task.regions, spacing=None, where="its files",
             )  # fmt: skip
             volumes = _one(segmenter, case, meta, args)
@@ -121,22 +130,31 @@ def _predict(args):
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
-def _cases(args):
+def _cases(args, partial):
     """The cases below --input, or the one that the four flags name; and what is wrong with them."""
     files = {modality: getattr(args, modality) for modality in conventions.MODALITIES}
     given = {modality: pathlib.Path(file) for modality, file in files.items() if file}
     if not given:
-        return cases_lib.find_cases(args.input, labels=args.labels, description=args.description)
+        return cases_lib.find_cases(
+            args.input, labels=args.labels, description=args.description, partial=partial
+        )
+    missing = [f"--{modality}" for modality in files if modality not in given]
+    if missing and not partial:
+        raise ValueError(
+            f"{', '.join(missing)} missing: this network was trained with all modalities; give "
+            f"the file, or a run that was trained with data.modality_dropout"
+        )
     for modality, file in given.items():
         if not file.is_file():
             raise ValueError(f"--{modality}={file}: no such file; correct the path")
     if len(set(map(os.path.realpath, given.values()))) < len(given):
         raise ValueError("one file is given for two modalities; each modality needs its own")
-    name = args.case or re.sub(r"\.nii(\.gz)?$", "", given["t1"].name)
+    name = args.case or re.sub(r"\.nii(\.gz)?$", "", next(iter(given.values())).name)
     scheme = args.labels or "brats2023"
     if not args.labels:
         _log.info("labels as in BraTS 2023: 1 = core, 2 = oedema, 3 = enhancing; --labels chooses")
     convention = conventions.with_labels(conventions.BUILT_IN["brats2023"], scheme)
+    convention = dataclasses.replace(convention, modalities=tuple(given))
     return [cases_lib.Case(name, tuple(given.values()), None, convention)], []
 
 
@@ -144,17 +162,21 @@ def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
     record = preprocess.preprocess(case, spacing=run["spacing"])
-    settings = segmenter.settings
+    settings, present = segmenter.settings, case.convention.modalities
     known = record.meta["record_spacing"], record.meta["covered"]
-    found = suspicion.look(record.image, settings.modalities, *known)
-    _say(case, found)
+    found = {"warnings": []}
+    if case.convention.brain:
+        found = suspicion.look(record.image, present, *known)
+    _say(case, found, [name for name in settings.modalities if name not in present])
+    image = np.zeros((len(settings.modalities), *record.image.shape[1:]), record.image.dtype)
+    image[[settings.modalities.index(name) for name in present]] = record.image
     rules = decoding(settings, record.meta["spacing"])
     regions = settings.regions
 
     def progress(done, tiles):
         _log.info("%s: %d of %d tiles", case.id, done, tiles)
 
-    probabilities = segmenter.probabilities(record.image, progress)
+    probabilities = segmenter.probabilities(image, progress, present)
     internal, written = in_scan(probabilities, record.meta, **rules)
     nifti.write_labels(output / f"{case.id}.nii.gz", written, like=case.images[0])
     drawn = postprocess.decode(
@@ -179,14 +201,14 @@ def _one(segmenter, case, run, args):
         "run": str(args.from_export or args.workdir),
         "step": run["step"],
         "rules": rules,
-        "input": {"convention": case.convention.name, **found},
+        "input": {"convention": case.convention.name, "modalities": list(present), **found},
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }
     tables.write_summary_json(output / f"{case.id}.json", summary)
     pictures.overlay(
         output / f"{case.id}.png",
-        record.image,
+        image,
         drawn,
         None,
         title=f"{case.id}   " + "  ".join(f"{n} {v:.1f} ml" for n, v in volumes.items()),
@@ -197,8 +219,8 @@ def _one(segmenter, case, run, args):
     return volumes
 
 
-def _say(case, found):
-    """How files were mapped to modalities and what speaks against it."""
+def _say(case, found, missing):
+    """How files were mapped to modalities and what speaks against it; what is missing."""
     named = {m: p.name for m, p in zip(case.convention.modalities, case.images)}
     doubted = any("mixed up" in warning for warning in found["warnings"])
     checked = "contrast disagrees" if doubted else "contrast agrees"
@@ -207,6 +229,11 @@ def _say(case, found):
     elif not doubted:
         checked += " (T1 and T1ce: by name alone)"
     _log.info("%s: %s; %s", case.id, ", ".join(f"{m} = {f}" for m, f in named.items()), checked)
+    if missing:
+        _log.warning(
+            "%s: %s missing: segmented without, which the run was trained for", case.id,
+            ", ".join(missing),
+        )  # fmt: skip
     for warning in found["warnings"]:
         _log.warning("%s: %s", case.id, warning)
 

@@ -29,10 +29,10 @@ def train_step(network):
     keep_target = optim.keep_target(config.loss, config.total_steps)
     regions = list(network.regions.values())
 
-    def local_terms(params, image, label, keys, heat, noise):
+    def local_terms(params, image, label, keys, present, heat, noise):
         targets = losses.region_targets(label, regions, network.stem)
-        gumbel = {"key": keys, "temperature": heat, "noise": noise}
-        logits, keep = network.apply(params, image, deep=True, packed=True, **gumbel)
+        how = {"key": keys, "temperature": heat, "noise": noise, "present": present}
+        logits, keep = network.apply(params, image, deep=True, packed=True, **how)
         terms = losses.segmentation_terms(logits, targets, len(regions))
         for head in terms:
             head["overlap"] = spatial.total(head["overlap"])
@@ -41,30 +41,33 @@ def train_step(network):
         return terms, jax.tree.map(spatial.mean, losses.keep_ratios(keep))
 
     # The few numbers per example of which the loss is a function, each device on its part.
-    specs = (IMAGE, LABEL, EXAMPLE, jax.P(), jax.P())
+    specs = (IMAGE, LABEL, EXAMPLE, EXAMPLE, jax.P(), jax.P())
     terms_of = spatial.over(network.mesh, local_terms, specs, EXAMPLE)
 
-    def loss_of(terms, step):
+    def loss_of(terms, step, free):
         heads, ratios = terms
         segmentation, parts = losses.segmentation_loss(heads, batch_dice=config.loss.batch_dice)
-        ratio = losses.ratio_loss(ratios, keep_target(step))
+        kept = losses.mean_ratios(ratios, free)
+        ratio = losses.ratio_loss(kept, keep_target(step))
         loss = segmentation + config.loss.ratio_weight * ratio
-        return loss, parts | {"ratio_loss": ratio}
+        return loss, parts | {"ratio_loss": ratio}, kept
 
     def step(state, batch, key):
         number = state["step"]
         image, label, gumbel_key = augmented(batch, key, number, recipe=config.augment)
+        present = drawn_modalities(gumbel_key, image, config.data.modality_dropout)
+        free = deciding(network, present)
         places = jnp.arange(len(image))
         keys = jax.vmap(jax.random.fold_in, (None, 0))(gumbel_key, places)
         heat = temperature(number)
         gradient, terms = accumulated(
             lambda params, part: terms_of(params, *part, heat, noise(number)),
-            lambda terms: loss_of(terms, number)[0],
+            lambda terms: loss_of(terms, number, free)[0],
             state["params"],
-            (image.astype(network.dtype), label, keys),
+            (image.astype(network.dtype), label, keys, present),
             config.accumulate,
         )
-        loss, parts = loss_of(terms, number)
+        loss, parts, kept = loss_of(terms, number, free)
         updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
         metrics = {
@@ -73,10 +76,9 @@ def train_step(network):
             "train/learning_rate": schedule(number),
             "train/grad_norm": optax.tree.norm(gradient),
         }
-        _, ratios = terms
-        if ratios:
+        if kept:
             metrics["train/temperature"] = heat
-            metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in ratios.items()}
+            metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in kept.items()}
         state = {
             "step": number + 1,
             "params": params,
@@ -103,6 +105,33 @@ def augmented(batch, key, number, *, recipe):
     own, rest = jax.random.split(jax.random.fold_in(key, number))
     image, label = augment(own, batch["image"].astype(jnp.float32), batch["label"], recipe=recipe)
     return image, label, rest
+
+
+def drawn_modalities(key, image, share):
+    """Which modalities each example has: (B, M) float32 of 0 and 1; None where ``share`` is 0.
+
+    An example loses some with probability ``share``: then all non-empty subsets are as likely, as
+    in Dorent et al. (2019) and the networks for missing modalities since.
+    """
+    if not share:
+        return None
+    batch, modalities = image.shape[:2]
+    if_any, which = jax.random.split(jax.random.fold_in(key, 2**31 - 1))  # 0, 1, ... are examples
+    subset = jax.random.randint(which, (batch,), 1, 2**modalities)
+    subset = (subset[:, None] >> jnp.arange(modalities)) & 1
+    loses = jax.random.bernoulli(if_any, share, (batch, 1))
+    return jnp.where(loses, subset, 1).astype(jnp.float32)
+
+
+def deciding(network, present):
+    """(B, M') float32, M' as ``keep_names`` has it: 1 where both of a pair are there, so that the
+    one may be replaced by the other; None where all are."""
+    members = _members(network)
+    if present is None or not members:
+        return None
+    found = present[:, [network.modalities.index(modality) for modality in members]]
+    found = found.reshape(len(found), -1, 2)
+    return jnp.repeat(found.prod(-1), 2, axis=1)
 
 
 def accumulated(terms_of, loss_of, params, batch, parts):
@@ -176,27 +205,33 @@ def eval_step(network):
 
 
 def segment_step(network):
-    """Tiles to logits: (params, (B, M, D, H, W)) -> (B, D, H, W, R) float32."""
+    """Tiles to logits: (params, (B, M, D, H, W), present) -> (B, D, H, W, R) float32.
 
+    present: (M,) of 0 and 1, the modalities that are there; None, or left out: all.
+    """
     share = network.config.infer.token_share
 
-    def local(params, image):
-        return network.apply(params, image, share=share)[0][0]
+    def local(params, image, present):
+        if present is not None:
+            present = jnp.broadcast_to(present, (len(image), len(present)))
+        return network.apply(params, image, share=share, present=present)[0][0]
 
-    return spatial.over(network.mesh, local, (IMAGE,), LABEL)
+    over = spatial.over(network.mesh, local, (IMAGE, jax.P()), LABEL)
+    return lambda params, image, present=None: over(params, image, present)
+
+
+def _members(network):
+    model = network.config.model
+    return [] if model.pruning == "none" else [name for pair in model.pairs for name in pair]
 
 
 def keep_names(network):
     """(level, modality) of every channel of ``keep_step``; none where nothing is pruned."""
-    model = network.config.model
-    if model.pruning == "none":
-        return []
-    members = [modality for pair in model.pairs for modality in pair]
-    mixers = tuple(model.mixers)
+    mixers = tuple(network.config.model.mixers)
     return [
         (f"level{level}", modality)
         for level, mixer in enumerate(mixers, 1) if mixer == "aware"
-        for modality in members
+        for modality in _members(network)
     ]  # fmt: skip
 
 

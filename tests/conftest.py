@@ -15,12 +15,18 @@ jax.config.update("jax_disable_most_optimizations", True)
 
 import pytest  # noqa: E402
 
+# Files of minutes: first, so that at the end no worker is left with one of them alone.
+LONG = ("test_runs.py", "test_train.py", "test_mesh.py", "test_real_scans.py", "test_accuracy.py")
 CASES = [f"Phantom_{index:05d}" for index in range(4)]
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # A third of the time that a training step takes to compile. The names are those of one XLA.
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 2}
 if jax.__version_info__ >= (0, 11):
     QUICK = {}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

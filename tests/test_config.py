@@ -162,7 +162,7 @@ def test_base_stays_within_its_budget(name):
         ("gumbel.end", 0.0, ("= 0.0", "above 0")),
         ("model.mixers", ("aware",) * 5, ("('aware', 'aware'", "six entries", "plain U-Net")),
         ("model.mixers", ("aware",) * 5 + ("swap",), ("'swap'", "aware, shift, concat")),
-        ("model.pairs", (("t1", "t1ce"), ("t1", "flair")), ("'t1'", "no modality twice")),
+        ("model.pairs", (("t1", "t1ce"), ("t1ce", "t1")), ("'t1'", "no pair twice")),
         ("model.pairs", (("t1", "t1ce", "t2"),), ("'t2'", "pairs")),
         ("model.mosaic", "bayer4d", ("'bayer4d'", "bayer3d")),
         ("model.mosaic", [[0.5]], ("0.5", "integers")),
@@ -205,7 +205,7 @@ def test_all_faults_are_said_at_once():
 
 
 def records(**changes):
-    about = dict(spacing=2.0, modalities=MODALITIES, regions=REGIONS)
+    about = dict(spacing=2.0, modalities=MODALITIES, regions=REGIONS, pairs=())
     return types.SimpleNamespace(**about | changes)
 
 
@@ -238,9 +238,11 @@ def test_pairs_of_modalities_that_are_not_there_are_refused():
 def test_inference_can_be_set_on_the_command_line():
     config = masm_brats.get_config().lock()
     given = ["infer.flips=(0,1)", "infer.threshold=0.4", "infer.overlap=0", "infer.fill_holes=True"]
+    given.append("infer.present=t1ce,flair")
     config_lib.override(config, given)
     assert config.infer.flips == (0, 1) and config.infer.threshold == (0.4,)
     assert config.infer.overlap == 0.0 and config.infer.fill_holes is True
+    assert config.infer.present == ("t1ce", "flair")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from masm_jax.data.conventions import REGIONS
 from masm_jax.losses import (
     cross_entropy,
     keep_ratios,
+    mean_ratios,
     overlaps,
     ratio_loss,
     region_targets,
@@ -270,8 +271,15 @@ def test_ratio_loss_by_hand():
     np.testing.assert_allclose(ratios["level1"], [[1, 0], [1, 0]])
     np.testing.assert_allclose(ratios["level2"], [[0, 1], [1, 1]])
     expected = np.mean([0.3**2, 0.7**2, 0.2**2, 0.3**2])
-    assert float(ratio_loss(ratios, 0.7)) == pytest.approx(expected, rel=1e-5)
-    assert float(ratio_loss(ratios, jnp.float32(0.7))) == pytest.approx(expected, rel=1e-5)
+    kept = mean_ratios(ratios)
+    assert float(ratio_loss(kept, 0.7)) == pytest.approx(expected, rel=1e-5)
+    assert float(ratio_loss(kept, jnp.float32(0.7))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_only_those_count_that_could_be_replaced():
+    ratios = {"level1": jnp.array([[0.2, 0.4, 0.1], [0.6, 0.8, 0.3]])}
+    free = jnp.array([[1, 1, 0], [0, 1, 0]])  # of the third no example: as if all were kept
+    np.testing.assert_allclose(mean_ratios(ratios, free)["level1"], [0.2, 0.6, 1.0], rtol=1e-6)
 
 
 def test_ratio_loss_without_mixers_is_nothing():

@@ -1,6 +1,7 @@
 """The training step: one device against eight, every variant, determinism, precision."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -127,16 +128,29 @@ def test_a_few_steps_lower_the_loss(mixed):
 # ---------------------------------------------------------------- every variant
 
 
+ALL_PAIRS = tuple(itertools.combinations(("t1", "t1ce", "t2", "flair"), 2))
+EVERYTHING = {"mosaic": "learnt", "shift_extras": ("channel", "gate", "window")}
+
+
 @pytest.mark.parametrize(
-    "mixers",
-    [(), ("concat",) * 6, ("aware",) * 6, ("shift",) * 6],
-    ids=["unet", "late", "aware", "shift"],
+    ("mixers", "changes"),
+    [
+        ((), {}),
+        (("concat",) * 6, {}),
+        (("aware",) * 6, {}),
+        (("shift",) * 6, {}),
+        (("aware",) + ("concat",) * 3 + ("shift",) * 2, EVERYTHING | {"pairs": ALL_PAIRS}),
+    ],
+    ids=["unet", "late", "aware", "shift", "extras"],
 )
-def test_every_variant_trains_every_parameter(mixers, make_config, quick_jit):
+def test_every_variant_trains_every_parameter(mixers, changes, make_config, quick_jit):
     """Patch 32: at 16 the deepest levels are one voxel, which an instance norm makes zero."""
     config = make_config(**{"model.mixers": mixers, "patch": 32, "batch_size": 1})
     config.model.keep_bias = 1.0
     config.model.modality_affine = bool(mixers)
+    config.model.update(changes)
+    if changes:
+        config.data.modality_dropout = 0.5
     mesh, state, step = prepare(config, devices=1, jit=quick_jit)
     after, metrics = step(state, sharding.global_batch(mesh, batch(1, 32)))
     for name, value in metrics.items():

@@ -396,7 +396,34 @@ def test_one_patient_by_four_files(straight, phantoms, command, evaluated, tmp_p
     largest = parts == np.bincount(parts.ravel())[1:].argmax() + 1
     np.testing.assert_array_equal(largest, labels > 0)
 
-    said = command("-m", "masm_jax.predict", *flags[:4], f"--output={output}", code=2)
-    assert "missing: flair" in said.stderr
+    said = command("-m", "masm_jax.predict", *flags[:4], f"--output={output}", code=1)
+    assert "--flair missing: this network was trained with all modalities" in said.stderr
     twice = (*flags[:4], f"--flair={tmp_path / 'scan 0.nii.gz'}", f"--output={output}")
     assert "one file is given for two" in command("-m", "masm_jax.predict", *twice, code=1).stderr
+
+
+def test_a_patient_with_two_scans(straight, phantoms, command, tmp_path):
+    """Of a run that says it was trained for that: the same as naming them with infer.present."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["modality_dropout"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+    raw = tmp_path / "raw" / CASES[3]
+    shutil.copytree(phantoms / CASES[3], raw)
+    flags = (f"--workdir={run}", f"--input={raw}", "--labels=brats2021")
+    named = "--set=infer.present=t1ce,flair"
+    command("-m", "masm_jax.predict", *flags, named, f"--output={tmp_path / 'named'}")
+    for modality in ("t1", "t2"):
+        (raw / f"{CASES[3]}_{modality}.nii.gz").unlink()
+    said = command("-m", "masm_jax.predict", *flags, f"--output={tmp_path / 'two'}")
+    assert "t1, t2 missing: segmented without" in said.stderr
+    found, expected = (
+        np.asarray(nib.load(tmp_path / name / f"{CASES[3]}.nii.gz").dataobj)
+        for name in ("two", "named")
+    )
+    np.testing.assert_array_equal(found, expected)
+    whole = command("-m", "masm_jax.subsets", f"--workdir={run}", "--split=all", "--cases=1",
+                    f"--output={tmp_path / 'subsets'}").stdout  # fmt: skip
+    assert whole.count("●") == 1 + 32 and "Never lost" not in whole
+    assert (tmp_path / "subsets" / "subsets.png").stat().st_size > 1000

@@ -238,6 +238,8 @@ def figure(summary):
     left.invert_yaxis()
     left.set_xlabel("mean Dice (dots: seeds; diamond: their mean)")
     right.axvline(0, color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=6)
     right.set_xlabel(f"{summary['first']} minus it, 95 % over cases")
     drawn.suptitle(f"{summary['budget']} each", fontsize=10)
     return drawn

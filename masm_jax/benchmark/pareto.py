@@ -3,6 +3,7 @@
 import math
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from masm_jax.benchmark.plots import COLOURS, save
 
@@ -59,6 +60,10 @@ def front(points, best):
 
 def _panel(axes, points, best):
     axes.set(xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     axes.grid(which="both", linewidth=0.3)
     line = front(points, best)
     axes.plot([p[0] for p in line], [p[1] for p in line], color="0.6", linewidth=1, zorder=1)

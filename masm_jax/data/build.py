@@ -95,6 +95,7 @@ def build(
             {
                 "modalities": list(first.modalities),
                 "regions": {name: list(inside) for name, inside in first.regions.items()},
+                "pairs": [list(pair) for pair in first.pairs],
                 "spacing": spacing,
                 "cases": sorted(metas),
                 "problems": [dataclasses.asdict(problem) for problem in failed],
@@ -134,6 +135,8 @@ def _source(case: Case, spacing: float | None) -> dict[str, Any]:
         "regions": {name: list(inside) for name, inside in convention.regions.items()},
         "paint": dict(convention.paint),
     }
+    if convention.window:
+        settings["window"] = {name: list(ends) for name, ends in convention.window.items()}
     return {"settings": settings, "files": files}
 
 

@@ -56,6 +56,7 @@ def find_cases(
     *,
     labels: str | None = None,
     description: Path | str | Convention | None = None,
+    partial: bool = False,
 ) -> tuple[list[Case], list[Problem]]:
     """Finds every case below a folder.
 
@@ -64,6 +65,7 @@ def find_cases(
         labels: Name of the label scheme; None recognises it from the label values of each set.
         description: Description file or convention of another data set; None looks for the
             built-in conventions.
+        partial: A case that lacks some modalities is a case too; its convention names those it has.
 
     Returns:
         The complete cases, sorted by id; the cases that are incomplete or named twice.
@@ -86,7 +88,7 @@ def find_cases(
     cases: list[Case] = []
     problems: list[Problem] = []
     for convention, own in _by_convention(root, files, labels, description):
-        found, wrong = _assemble(convention, own)
+        found, wrong = _assemble(convention, own, partial)
         problems += wrong
         if description is None and not convention.channels:
             found = recognition.recognise(root, found, labels)
@@ -202,7 +204,9 @@ def _expected(patterns: tuple[str, ...], case: str) -> str:
     return _NIFTI.sub("", pattern).replace("{case}", case) + ".nii.gz"
 
 
-def _assemble(convention: Convention, files: list[Path]) -> tuple[list[Case], list[Problem]]:
+def _assemble(
+    convention: Convention, files: list[Path], partial: bool
+) -> tuple[list[Case], list[Problem]]:
     """Groups files into cases; incomplete and ambiguous ones become problems."""
     matchers = _matchers(convention)
     groups: dict[tuple[str, str], dict[str | None, list[Path]]] = {}
@@ -217,15 +221,19 @@ def _assemble(convention: Convention, files: list[Path]) -> tuple[list[Case], li
     for (folder, case), group in sorted(groups.items()):
         if convention.channels and set(group) == {None}:
             continue  # labelsTr given alone
-        wrong = _incomplete(convention, Path(folder), case, group, wanted)
+        held = tuple(m for m in wanted if m in group) if partial else ()
+        wrong = _incomplete(convention, Path(folder), case, group, held or wanted)
         problems += wrong
         if wrong:
             continue
-        own = wanted * len(convention.modalities) if convention.channels else wanted
+        known = _year(convention, case, folder)
+        if held and not convention.channels:
+            known = dataclasses.replace(known, modalities=held)
+        own = wanted * len(convention.modalities) if convention.channels else held or wanted
         images = tuple(group[modality][0] for modality in own)
-        channels = tuple(convention.channels.get(m) for m in convention.modalities)
+        channels = tuple(convention.channels.get(m) for m in known.modalities)
         seg = group.get(None, [None])[0]
-        cases.append(Case(case, images, seg, _year(convention, case, folder), channels))
+        cases.append(Case(case, images, seg, known, channels))
     return cases, problems
 
 

@@ -34,9 +34,13 @@ class Convention:
             (``"imagesTr/{case}"``) and ``*`` (anything within one path part).
         segmentation: Name patterns of the segmentation.
         labels: Label value in the file -> internal value. 0 is background in both.
-        regions: Region -> internal values, each region inside the one before it.
+        regions: Region -> internal values, each inside an earlier one or apart from it.
         paint: Region -> label value in the file, painted in the order of ``regions``.
         channels: Modality -> index along the last axis of a 4-D file; empty for 3-D files.
+        pairs: Modalities that belong together, for the Modality-Aware mixer.
+        window: Modality -> (low, high), such as Hounsfield units: values are cut to it, and a voxel
+            at or below ``low`` is outside of the body, as one of value 0 is without a window.
+        brain: Whether scans are skull-stripped brains, and are looked at as such.
         ignore_case: Whether upper and lower case are the same in file names.
         note: Why these labels were chosen, for the user.
     """
@@ -49,6 +53,9 @@ class Convention:
     regions: Mapping[str, tuple[int, ...]]
     paint: Mapping[str, int]
     channels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pairs: tuple[tuple[str, str], ...] = ()
+    window: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    brain: bool = True
     ignore_case: bool = False
     note: str = ""
 
@@ -95,8 +102,9 @@ def _built_in(name: str) -> Convention:
     )
     channels = _MSD_CHANNELS if name == "msd" else {}
     return Convention(
-        name, MODALITIES, files, segmentation, labels, REGIONS, paint, channels, name != "msd"
-    )
+        name, MODALITIES, files, segmentation, labels, REGIONS, paint, channels,
+        ignore_case=name != "msd",
+    )  # fmt: skip
 
 
 BUILT_IN = {name: _built_in(name) for name in _SCHEMES}
@@ -226,7 +234,8 @@ def load_description(path: Path | str) -> Convention:
     ``files`` (modality -> pattern or list of patterns) and ``regions`` (region -> label values,
     outer to inner) are needed; ``name``, ``modalities`` (the order, default that of ``files``),
     ``segmentation`` (pattern), ``labels`` (file value -> internal value, default the same),
-    ``paint`` (region -> file value), ``channels`` (modality -> index in a 4-D file) are optional.
+    ``paint`` (region -> file value), ``channels`` (modality -> index in a 4-D file), ``pairs``,
+    ``window`` and ``brain`` (as in ``Convention``) are optional.
 
     Args:
         path: The description file.
@@ -260,7 +269,7 @@ def load_description(path: Path | str) -> Convention:
 
 def _from_description(content: dict, stem: str) -> Convention:
     known = ("name", "modalities", "files", "channels", "segmentation", "labels", "regions")
-    known += ("paint",)
+    known += ("paint", "pairs", "window", "brain")
     for key in content:
         if key not in known:
             raise ValueError(f"unknown key '{key}'; expected {', '.join(known)}{hint(key, known)}")
@@ -291,7 +300,29 @@ def _from_description(content: dict, stem: str) -> Convention:
         regions=values,
         paint=_paint(content.get("paint", {}), labels, values),
         channels=channels,
+        pairs=_pairs(content.get("pairs", ()), modalities),
+        window=_window(content.get("window", {}), modalities),
+        brain=bool(content.get("brain", True)),
     )
+
+
+def _pairs(given: list, modalities: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(tuple(pair) for pair in given)
+    for pair in pairs:
+        if len(set(pair)) != 2 or not set(pair) <= set(modalities):
+            raise ValueError(f"pair {list(pair)}: expected two of {', '.join(modalities)}")
+    return pairs
+
+
+def _window(given: dict, modalities: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+    for name, ends in given.items():
+        if name not in modalities:
+            raise ValueError(
+                f"window names '{name}'; expected some of {modalities}{hint(name, modalities)}"
+            )
+        if len(ends) != 2 or not ends[0] < ends[1]:
+            raise ValueError(f"window {name} = {ends}: expected [low, high], such as [-175, 250]")
+    return {name: (float(low), float(high)) for name, (low, high) in given.items()}
 
 
 def _patterns(value: str | list[str]) -> tuple[str, ...]:
@@ -306,27 +337,31 @@ def _check_labels(labels: dict[int, int], regions: dict[str, tuple[int, ...]]) -
     for value in (*labels, *labels.values()):
         if not 1 <= value <= 255:
             raise ValueError(f"label value {value}: expected 1 to 255; 0 is background, not listed")
-    outer, outer_name = set(labels.values()), "labels"
-    for name, inside in regions.items():
-        if not inside or not set(inside) <= outer:
+    for index, (name, inside) in enumerate(regions.items()):
+        if not inside or not set(inside) <= set(labels.values()):
             raise ValueError(
-                f"region {name} = {list(inside)} is not inside {outer_name} = {sorted(outer)}; "
-                "regions go from outer to inner, each inside the one before, in internal values"
+                f"region {name} = {list(inside)} is not inside labels = "
+                f"{sorted(set(labels.values()))}; regions name internal values"
             )
-        outer, outer_name = set(inside), f"region {name}"
+        for outer, values in list(regions.items())[:index]:
+            if set(inside) & set(values) and not set(inside) < set(values):
+                raise ValueError(
+                    f"region {name} = {list(inside)} and region {outer} = {list(values)} overlap; "
+                    "expected each inside an earlier one or apart from it, from outer to inner"
+                )
 
 
 def _paint(
     given: dict, labels: dict[int, int], regions: dict[str, tuple[int, ...]]
 ) -> dict[str, int]:
-    """The file value of each region: given, or the only one that is in no inner region."""
+    """The file value of each region: given, or the only one that is in no later region."""
     names = list(regions)
     for name in given:
         if name not in regions:
             raise ValueError(f"paint names region '{name}'; expected {names}{hint(name, names)}")
     paint = {}
     for index, name in enumerate(names):
-        inner = set(regions[names[index + 1]]) if index + 1 < len(names) else set()
+        inner = {value for later in names[index + 1 :] for value in regions[later]}
         own = [v for v, i in labels.items() if i in regions[name] and i not in inner]
         if name not in given and len(own) != 1:
             raise ValueError(

@@ -53,6 +53,10 @@ def preprocess(case: Case, *, spacing: float | None = None) -> Record:
     images, affine = read_images(case)
     shape = images[0].shape
     segmentation = read_segmentation(case, shape, affine)
+    for index, name in enumerate(case.convention.modalities):
+        if name in case.convention.window:  # 0 is outside then, as in skull-stripped scans
+            low, high = case.convention.window[name]
+            images[index] = np.clip(images[index].astype(np.float32), low, high) - low
     brain = np.logical_or.reduce([image != 0 for image in images])
     problems = check_content(case, images, brain, segmentation)
     if problems:
@@ -105,6 +109,7 @@ def preprocess(case: Case, *, spacing: float | None = None) -> Record:
         "labels": {str(v): i for v, i in case.convention.labels.items()},
         "paint": dict(case.convention.paint),
         "intensity": intensity,
+        "window": {name: list(ends) for name, ends in case.convention.window.items()},
         "volumes_ml": volumes,
         "hashes": hashes,
         "covered": covered,

@@ -112,9 +112,14 @@ def recognise(root: Path, cases: "list[Case]", labels: str | None) -> "list[Case
         except ValueError as error:
             raise ValueError(f"{root}: {error}") from error
     converted = {}
-    for name in {case.convention.name for case in cases}:
-        converted[name] = conventions.with_labels(conventions.BUILT_IN[name], scheme, note)
-    return [dataclasses.replace(c, convention=converted[c.convention.name]) for c in cases]
+    for case in cases:  # of those that lack modalities the convention names the others alone
+        kind = case.convention.name, case.convention.modalities
+        if kind not in converted:
+            converted[kind] = conventions.with_labels(case.convention, scheme, note)
+    return [
+        dataclasses.replace(c, convention=converted[c.convention.name, c.convention.modalities])
+        for c in cases
+    ]
 
 
 def _list(values: list[int]) -> str:

@@ -116,6 +116,7 @@ class Records:
         root: The folder.
         modalities: Ordered modality names.
         regions: Region -> internal values, outer to inner.
+        pairs: Modalities that belong together, as the description names them; none for BraTS.
         spacing: Voxel size in mm asked for when they were made, None for that of the files.
         cases: Ids, sorted.
     """
@@ -125,6 +126,7 @@ class Records:
         index = read_index(self.root)
         self.modalities: tuple[str, ...] = tuple(index["modalities"])
         self.regions = {name: tuple(inside) for name, inside in index["regions"].items()}
+        self.pairs = tuple(tuple(pair) for pair in index.get("pairs", ()))
         self.spacing: float | None = index["spacing"]
         self.cases: list[str] = sorted(index["cases"])
 

@@ -1,6 +1,5 @@
 """How the scores of an evaluation are spread: pictures with the numbers beside them, intervals."""
 
-import csv
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from masm_jax.evaluation import tables
 from masm_jax.evaluation.pictures import COLOURS
 from masm_jax.files import replacing
 
@@ -177,13 +177,7 @@ def _saved(
     with replacing(folder / f"{name}.png") as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     columns = ["case", "region", *metrics]
-    with (
-        replacing(folder / f"{name}.csv") as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([row.get(column) for column in columns] for row in rows)
+    tables.write_csv(folder / f"{name}.csv", columns, rows)
     return {
         "section": "distributions",
         "title": title,

@@ -28,6 +28,8 @@ TABLE = {  # key -> heading, decimals, whether the median is shown
     "precision": ("precision", 3, False),
 }
 
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet begins a formula with
+
 WORDS = ("case", "region", "empty", "style", "fold", "found")  # columns that are no numbers
 
 
@@ -39,11 +41,24 @@ def write_metrics_csv(path: Path, rows: Sequence[Row]) -> None:
         rows: see the module; a metric that is absent or not finite leaves an empty cell.
     """
     columns = list(dict.fromkeys(["case", "region", *(key for row in rows for key in row)]))
-    rows = [finite(row) for row in rows]
+    write_csv(path, columns, [finite(row) for row in rows])
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    """Write these columns of the rows. A text that a spreadsheet would take for a formula, such as
+    a case called ``=1+1``, gets an apostrophe before it, which ``read_csv`` takes away."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
-        writer.writerows([row.get(column) for column in columns] for row in rows)  # None: empty
+        writer.writerows([_guarded(row.get(column)) for column in columns] for row in rows)
+
+
+def _guarded(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def read_csv(path: Path) -> list[dict[str, Any]]:
@@ -58,7 +73,7 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: no columns case and region; expected a table of eval.py")
         try:
             return [
-                {key: text if key in WORDS else float(text) for key, text in row.items() if text}
+                {k: _plain(cell) if k in WORDS else float(cell) for k, cell in row.items() if cell}
                 for row in reader
             ]
         except (ValueError, TypeError) as error:

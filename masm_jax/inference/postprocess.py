@@ -23,7 +23,8 @@ def decode(
 
     A region whose values are a part of those of an earlier region lies inside it: it is painted
     only where the outer one is present too. So with WT, TC and ET a voxel is ET only if it is also
-    TC and WT. Regions that are not nested are painted in order, and the later one wins.
+    TC and WT. Of regions that are apart, such as two zones of an organ, the likelier one counts,
+    the later one where they are equal.
 
     Args:
         probabilities: (R, ...) float, in the order of `regions`.
@@ -78,6 +79,10 @@ def decode(
         for outer in present:
             if set(regions[name]) < set(regions[outer]):
                 mask &= present[outer]
+            elif not set(regions[name]) & set(regions[outer]):
+                likelier = probabilities[index] >= probabilities[names.index(outer)]
+                mask &= likelier | ~present[outer]
+                present[outer] &= ~mask
         if index == len(names) - 1 and mask.sum() < minimum:
             mask[:] = False
         present[name] = mask

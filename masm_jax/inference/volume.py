@@ -22,6 +22,7 @@ class Settings:
       modalities: names, in the order of the input.
       regions: {name: internal label values}, outer to inner.
       patch: edges of a tile in voxels.
+      may_lack: trained with ``data.modality_dropout``, for cases that lack modalities.
       others: the keys of ``config.infer``, explained in configs/masm_brats.py.
     """
 
@@ -35,6 +36,8 @@ class Settings:
     largest_component: bool
     fill_holes: bool
     minimum_ml: float
+    present: tuple[str, ...] = ()
+    may_lack: bool = False
 
     @classmethod
     def of(cls, network):
@@ -46,6 +49,7 @@ class Settings:
             modalities=network.modalities,
             regions=network.regions,
             patch=network.patch,
+            may_lack=network.config.data.modality_dropout > 0,
             **infer,
         )
 
@@ -74,20 +78,30 @@ class Segmenter:
         """A Segmenter of another step with the same weights on the same devices."""
         return Segmenter(step, self._params, self._mesh, settings, self.network)
 
-    def probabilities(self, image, progress=None):
+    def probabilities(self, image, progress=None, present=None):
         """Region probabilities of one prepared image.
 
         Args:
           image: (M, D, H, W) float16 or float32, as data.preprocess makes it.
           progress: called with (tiles done, tiles in all).
+          present: names of the modalities that are there, if not all; of these ``infer.present``
+            are used.
 
         Returns:
           (R, D, H, W) float32.
+
+        Raises:
+          ValueError: no modality is left, or ``infer.present`` names one that the run has not.
         """
         settings, devices = self.settings, self._mesh.shape["data"]
+        used = modalities_used(settings, present)
+        there = ()
+        if len(used) < len(settings.modalities):
+            there = np.array([name in used for name in settings.modalities], np.float32)
+            there = (jax.device_put(there, sharding.replicated(self._mesh)),)
         return sliding_window.predict(
             lambda tiles: self._step(
-                self._params, jax.device_put(tiles, sharding.over_batch(self._mesh))
+                self._params, jax.device_put(tiles, sharding.over_batch(self._mesh)), *there
             ),
             np.asarray(image),
             patch=settings.patch,
@@ -97,6 +111,29 @@ class Segmenter:
             flips=tuple(settings.flips),
             progress=progress,
         )
+
+
+def modalities_used(settings, present=None):
+    """Those of ``present`` (None: all) that ``infer.present`` lets through, in order.
+
+    Raises:
+      ValueError: none is left, or ``infer.present`` names one that the run has not.
+    """
+    unknown = [name for name in settings.present if name not in settings.modalities]
+    if unknown:
+        raise ValueError(
+            f"infer.present names {', '.join(unknown)}: this run has "
+            f"{', '.join(settings.modalities)}; name some of them, or none for all"
+        )
+    there = settings.modalities if present is None else present
+    used = [name for name in settings.modalities if name in there]
+    used = [name for name in used if name in settings.present or not settings.present]
+    if not used:
+        raise ValueError(
+            f"no modality to work with: the case has {', '.join(there)}, infer.present names "
+            f"{', '.join(settings.present)}; name one that the case has"
+        )
+    return used
 
 
 class Ensemble:
@@ -109,7 +146,7 @@ class Ensemble:
     def __init__(self, segmenters):
         self.segmenters, self.settings = segmenters, segmenters[0].settings
 
-    def probabilities(self, image, progress=None):
+    def probabilities(self, image, progress=None, present=None):
         """As ``Segmenter.probabilities``."""
         total = None
         for number, segmenter in enumerate(self.segmenters):
@@ -118,7 +155,7 @@ class Ensemble:
                 if progress is not None:
                     progress(number * tiles + done, len(self.segmenters) * tiles)
 
-            own = segmenter.probabilities(image, of_all)
+            own = segmenter.probabilities(image, of_all, present)
             total = own if total is None else total + own
         return total / len(self.segmenters)
 

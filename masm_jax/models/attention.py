@@ -1,4 +1,4 @@
-"""Multi-head self-attention and the pre-norm MLP, shared by both mixers."""
+"""Multi-head self-attention, the pre-norm MLP, and gates: the blocks of both mixers."""
 
 import jax
 import jax.numpy as jnp
@@ -55,3 +55,32 @@ class MLP(nnx.Module):
 
     def __call__(self, x):
         return x + self.down(jax.nn.gelu(self.up(self.norm(x)), approximate=False))
+
+
+class ChannelGate(nnx.Module):
+    """Squeeze and excitation (Hu et al., CVPR 2018): the mean over the tokens gates every channel.
+
+    Starts as the identity: twice a sigmoid of zero.
+    """
+
+    def __init__(self, width, *, init, ratio=4):
+        self.squeeze = Dense(width, width // ratio, init=init)
+        self.excite = Dense(width // ratio, width, init=init, gain=0.0)
+
+    def __call__(self, x):
+        """x: (B, N, width) -> the same."""
+        mean = x.mean(1, keepdims=True, dtype=jnp.float32).astype(x.dtype)
+        return x * 2 * jax.nn.sigmoid(self.excite(jax.nn.relu(self.squeeze(mean))))
+
+
+class SpatialGate(nnx.Module):
+    """A gate for every token, from the token itself (Oktay et al., 2018); starts as identity."""
+
+    def __init__(self, width, *, init):
+        self.norm = LayerNorm(width)
+        self.hidden = Dense(width, width // 4, init=init)
+        self.gate = Dense(width // 4, 1, init=init, gain=0.0)
+
+    def __call__(self, x):
+        """x: (B, N, width) -> the same."""
+        return x * 2 * jax.nn.sigmoid(self.gate(jax.nn.relu(self.hidden(self.norm(x)))))

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from masm_jax.models.layers import ConvNorm, Dense, apply_all, depth_to_space, volumes
@@ -42,7 +43,7 @@ class Decoder(nnx.Module):
             ]
         )
         for head in self.heads:
-            head.bias[...] = jnp.full_like(head.bias[...], PRIOR_LOGIT)
+            head.bias[...] = np.full_like(head.bias[...], PRIOR_LOGIT)
         self.strides = tuple(strides)
 
     @jax.named_scope("decoder")

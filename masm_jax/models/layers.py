@@ -161,8 +161,8 @@ class Dense(nnx.Module):
 
     def __init__(self, features_in, features_out, *, init, gain=1.0, copies=1):
         kernel = init.fan_in((features_in, features_out // copies), gain)
-        self.kernel = nnx.Param(jnp.tile(kernel, (1, copies)))
-        self.bias = nnx.Param(jnp.zeros((features_out,), jnp.float32))
+        self.kernel = nnx.Param(np.tile(kernel, (1, copies)))
+        self.bias = nnx.Param(np.zeros((features_out,), np.float32))
 
     def __call__(self, x):
         return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
@@ -172,8 +172,8 @@ class LayerNorm(nnx.Module):
     """Norm over the last axis, statistics in float32, eps 1e-5."""
 
     def __init__(self, features):
-        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
-        self.shift = nnx.Param(jnp.zeros((features,), jnp.float32))
+        self.scale = nnx.Param(np.ones((features,), np.float32))
+        self.shift = nnx.Param(np.zeros((features,), np.float32))
 
     def __call__(self, x):
         y = x.astype(jnp.float32)
@@ -200,8 +200,8 @@ class ConvNorm(nnx.Module):
     def __init__(self, features_in, features_out, *, init, stride=1, groups=1):
         gain = 2 / (1 + LEAKY_SLOPE**2)  # He et al. 2015, for the leaky slope
         self.kernel = nnx.Param(init.fan_in((3, 3, 3, features_in, features_out), gain))
-        self.scale = nnx.Param(jnp.ones((groups, features_out), jnp.float32))
-        self.shift = nnx.Param(jnp.zeros((groups, features_out), jnp.float32))
+        self.scale = nnx.Param(np.ones((groups, features_out), np.float32))
+        self.shift = nnx.Param(np.zeros((groups, features_out), np.float32))
         self.stride = stride
 
     def __call__(self, x, depth):

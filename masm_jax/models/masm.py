@@ -135,6 +135,7 @@ class MASM(nnx.Module):
                     grid,
                     mosaic=model.mosaic,
                     depth=model.shift_depth,
+                    extras=tuple(model.shift_extras),
                     **shared,
                 )
             fuse.append(Dense(folded * size.widths[level], size.widths[level], init=init))
@@ -149,8 +150,9 @@ class MASM(nnx.Module):
         )
 
     def __call__(
-        self, x, *, key=None, temperature=1.0, noise=1.0, deep=False, packed=False, share=1.0
-    ):
+        self, x, *, key=None, temperature=1.0, noise=1.0, deep=False, packed=False, share=1.0,
+        present=None,
+    ):  # fmt: skip
         """Segment.
 
         Args:
@@ -160,6 +162,8 @@ class MASM(nnx.Module):
           noise: scale of its noise.
           deep: also return the logits of the lower levels.
           share: of the tokens that the Modality-Aware mixers work on, by score.
+          present: (B, M) of 0 and 1, at least one 1: what a missing modality holds is not looked
+            at, and no part of the result; None: none is missing.
           packed: leave the first logits (B, D / s, H / s, W / s, s^3 R), s the stem, as computed.
 
         Returns:
@@ -167,17 +171,19 @@ class MASM(nnx.Module):
             levels 2, 3, ...
           keep: {"level1": (B, M', d, h, w) of 0 and 1, ...} of the Modality-Aware levels.
         """
+        if present is not None:
+            x = jnp.where(present[:, :, None, None, None] > 0, x, 0)
         run = functools.partial(self._run, deep=deep, share=share)
         if self.remat == "blocks":
             policy = jax.checkpoint_policies.save_only_these_names(CONV)
             run = jax.checkpoint(run, policy=policy)
-        logits, keep = run(x, key, temperature, noise)
+        logits, keep = run(x, key, temperature, noise, present)
         if not packed:
             unpacked = depth_to_space(planes(logits[0]), self.stem)
             logits[0] = volumes(unpacked, x.shape[2])
         return logits, keep
 
-    def _run(self, x, key, temperature, noise, deep, share):
+    def _run(self, x, key, temperature, noise, present, deep, share):
         wrap = jax.checkpoint if self.remat == "full" else lambda block: block
         batch, modalities, depth = x.shape[:3]
         # Modality slowest: what belongs to one is then a block of planes.
@@ -190,23 +196,34 @@ class MASM(nnx.Module):
         features = self.encoder(x, depth // self.stem, wrap)
         for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
             with jax.named_scope("mixers"), jax.named_scope(_key(level)):
+                level_key = None
+                if key is not None:
+                    level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
+                options = dict(
+                    key=level_key, temperature=temperature, noise=noise, present=present
+                )
                 if name == "aware":
-                    level_key = None
-                    if key is not None:
-                        level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
                     mixer = functools.partial(self.mixers[_key(level)], depth=depth, share=share)
-                    x, kept = wrap(mixer)(x, key=level_key, temperature=temperature, noise=noise)
+                    x, kept = wrap(mixer)(x, **options)
                     if kept is not None:
                         keep[_key(level)] = kept
                 elif name == "shift":
-                    x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x)
-                skips.append((self.fuse[level](together(x, modalities)), depth))
+                    x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
+                x = together(x if present is None else _weighed(x, present), modalities)
+                skips.append((self.fuse[level](x), depth))
         return self.decoder(skips, deep, wrap), keep
 
 
 def together(x, modalities):
     """Planes (M B D, H, W, C), modality slowest -> (B D, H, W, M C)."""
     return jnp.concatenate(jnp.split(x, modalities), axis=-1)
+
+
+def _weighed(x, present):
+    """Planes (M B D, H, W, C) for the fusion: none of what is missing, more of what is there."""
+    weight = present * (present.shape[1] / present.sum(1, keepdims=True))  # (B, M)
+    weight = jnp.repeat(weight.T.reshape(-1), len(x) // weight.size)
+    return x * weight.astype(x.dtype)[:, None, None, None]
 
 
 def edges(patch):

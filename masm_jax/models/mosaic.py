@@ -5,12 +5,20 @@ modality ``(m + offset(p)) mod M`` into the plane of modality m. It is a permuta
 is exact, and it has no parameters. Source: MASM (arXiv 2403.02074) swaps patches between modalities
 in a mosaic before self-attention; the pattern was not available to us, so every one here is our
 assumption (docs/paper.md). ``bayer`` and ``tps`` follow the temporal patch shift of TPS (Xiang et
-al., ECCV 2022), with time read as modality.
+al., ECCV 2022), with time read as modality. ``learnt`` chooses the offsets while training
+(``LearntMosaic``).
 """
 
+import functools
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+_WRITTEN = re.compile(r"(?:random:(?P<seed>\d+)|(?P<learnt>learnt))(?::(?P<edge>[1-9]\d*))?")
+_EDGE = 2  # tokens, of the cell that is repeated
 _BAYER = [[[0, 1], [3, 2]]]
 PATTERNS = {
     "none": [[[0]]],
@@ -25,7 +33,9 @@ def offsets(pattern, grid, num_modalities):
     """Offsets of a pattern on a token grid, taken mod M.
 
     Args:
-      pattern: a name of PATTERNS, or a list of integers nested 2 deep (h, w) or 3 deep (d, h, w).
+      pattern: a name of PATTERNS; "random:SEED" or "random:SEED:EDGE", every offset equally often,
+        shuffled in a cell of EDGE^3 tokens (2); or a list of integers nested 2 deep (h, w) or 3
+        deep (d, h, w).
       grid: (d, h, w) number of tokens per axis.
       num_modalities: M >= 1.
 
@@ -35,10 +45,17 @@ def offsets(pattern, grid, num_modalities):
     Raises:
       ValueError: an unknown name, or a list that is not a 2-D or 3-D table.
     """
-    if isinstance(pattern, str):
+    written = _WRITTEN.fullmatch(pattern) if isinstance(pattern, str) else None
+    if written and written["seed"]:
+        edge = int(written["edge"] or _EDGE)
+        table = np.arange(edge**3) % num_modalities
+        table = np.random.default_rng(int(written["seed"])).permutation(table)
+        table = table.reshape(edge, edge, edge)
+    elif isinstance(pattern, str):
         if pattern not in PATTERNS:
             raise ValueError(
-                f"mosaic={pattern!r}: expected one of {sorted(PATTERNS)} or a list of integers"
+                f"mosaic={pattern!r}: expected one of {sorted(PATTERNS)}, random:SEED, "
+                f"random:SEED:EDGE, learnt, learnt:EDGE, or a list of integers"
             )
         table = PATTERNS[pattern]
         if table is None:
@@ -89,3 +106,54 @@ def _chosen(x, offsets):
         if here.any():
             result = jnp.where(jnp.asarray(here)[..., None], jnp.roll(x, -step, axis=1), result)
     return result
+
+
+def learnt_edge(pattern):
+    """Edge in tokens of the cell of "learnt" or "learnt:EDGE"; None for any other pattern."""
+    written = _WRITTEN.fullmatch(pattern) if isinstance(pattern, str) else None
+    return int(written["edge"] or _EDGE) if written and written["learnt"] else None
+
+
+class LearntMosaic(nnx.Module):
+    """A distribution over the M offsets for every place of a cell, which is repeated over the grid.
+
+    While training each example draws its offsets by a hard Gumbel-Softmax (Jang et al., ICLR 2017;
+    the gradient is that of the soft one); otherwise the likeliest count. What is drawn is a
+    permutation at every place, so the way back is exact.
+
+    Args:
+      edge: of the cell, in tokens.
+      grid: (d, h, w) of the tokens.
+      modalities: M.
+    """
+
+    def __init__(self, edge, grid, modalities, *, init):
+        self.logits = nnx.Param(init.normal((edge, edge, edge, modalities), 0.1))
+        self.grid = tuple(grid)
+
+    def __call__(self, batch, key=None, temperature=1.0, noise=1.0):
+        """Which offset each place has: (B, d, h, w, M) float32 of 0 and 1. key: (B,), or None."""
+        logits = jnp.broadcast_to(self.logits[...], (batch, *self.logits[...].shape))
+        if key is not None:
+            draw = jax.vmap(functools.partial(jax.random.gumbel, shape=logits.shape[1:]))
+            soft = jax.nn.softmax((logits + noise * draw(key)) / temperature)
+        else:
+            soft = logits
+        chosen = jax.nn.one_hot(soft.argmax(-1), soft.shape[-1])
+        if key is not None:
+            chosen = chosen + soft - jax.lax.stop_gradient(soft)
+        for axis, size in enumerate(self.grid, 1):
+            chosen = jnp.take(chosen, np.arange(size) % chosen.shape[axis], axis=axis)
+        return chosen
+
+
+def shift_chosen(x, chosen, back=False):
+    """``shift`` (``back``: ``unshift``) with the offsets of a ``LearntMosaic``.
+
+    Args:
+      x: (B, M, D, H, W, C).
+      chosen: (B, D, H, W, M) of 0 and 1.
+    """
+    weights = chosen.astype(x.dtype)[:, None, ..., None]  # (B, 1, D, H, W, M, 1)
+    sign = 1 if back else -1
+    return sum(jnp.roll(x, sign * o, axis=1) * weights[..., o, :] for o in range(x.shape[1]))

@@ -35,6 +35,21 @@ def test_t1ce_alone_is_not_taken_for_t1(make_case):
     assert problem.file.endswith("A_t1.nii.gz") and "modality t1 is missing" in problem.value
 
 
+def test_a_case_that_lacks_modalities_where_that_is_allowed(make_case):
+    """Its convention names those it has; the brain is found in them, and they are normalised."""
+    root = make_case("A")
+    whole = preprocess(cases.find_cases(root)[0][0], spacing=None)
+    for modality in ("t1", "t2"):
+        (root / f"A_{modality}.nii.gz").unlink()
+    (case,), problems = cases.find_cases(root, partial=True)
+    assert not problems and case.convention.modalities == ("t1ce", "flair")
+    assert [path.name for path in case.images] == ["A_t1ce.nii.gz", "A_flair.nii.gz"]
+    record = preprocess(case, spacing=None)
+    assert record.image.shape[0] == 2 and record.meta["modalities"] == ["t1ce", "flair"]
+    assert record.image.shape[1:] == whole.image.shape[1:]
+    np.testing.assert_array_equal(record.image, whole.image[[1, 3]])
+
+
 def test_one_root_with_three_conventions_at_any_depth(make_case):
     make_case("Brats18_1", folder="raw/HGG")
     make_case("Brats18_2", folder="raw/LGG", seed=1)

@@ -133,7 +133,7 @@ def test_a_described_remapping_with_nested_regions(tmp_path):
     [
         ({"region": {"a": [1]}}, r"unknown key 'region'.*did you mean regions"),
         ({"files": None}, "'files' is missing"),
-        ({"regions": {"a": [1], "b": [2]}}, r"region b = \[2\] is not inside region a"),
+        ({"regions": {"a": [1, 2], "b": [1, 2]}}, r"region b = \[1, 2\] and region a"),
         ({"regions": {"a": [1]}, "labels": {"1": 2}}, "not inside labels"),
         ({"regions": {"a": [0, 1]}}, "label value 0"),
         ({"regions": {"a": [1, 2]}}, r"label values \[1, 2\] belong to it.*'paint'"),

@@ -29,6 +29,16 @@ def _strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
+@pytest.mark.parametrize("case", ["=1+1", "+a", "-a", "@a", "a=1", "'a"])
+def test_no_cell_is_a_formula(tmp_path, case):
+    tables.write_metrics_csv(tmp_path / "m.csv", [{"case": case, "region": "WT", "dice": -0.5}])
+    with open(tmp_path / "m.csv", newline="") as file:
+        _, (name, _, dice) = csv.reader(file)
+    assert name[0] not in "=+-@" and name.lstrip("'") == case.lstrip("'")
+    assert dice == "-0.5"  # a number stays one
+    assert tables.read_csv(tmp_path / "m.csv") == [{"case": case, "region": "WT", "dice": -0.5}]
+
+
 def test_metrics_csv_round_trip(tmp_path):
     labels = np.random.default_rng(1).integers(0, 4, (2, 6, 6, 6))
     rows = [

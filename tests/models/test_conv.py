@@ -41,25 +41,30 @@ def test_the_order_of_memory_changes_no_number():
 
 
 @pytest.mark.parametrize(
-    "planes, grid, channels, out",
+    "planes, grid, channels, out, stride",
     [
-        (6, (5, 7), 3, 4),
-        (64, (32, 32), 6, 24),  # part by part; the gradient of the kernel too
-        (4, (80, 72), 48, 3),  # a plane in two parts
-        (4, (2, 2), 5, 6),  # as one matrix product
-        (4, (1, 3), 5, 6),
+        (6, (5, 7), 3, 4, 1),
+        (64, (32, 32), 6, 24, 1),  # part by part; the gradient of the kernel too
+        (4, (80, 72), 48, 3, 1),  # a plane in two parts
+        (4, (2, 2), 5, 6, 1),  # as one matrix product
+        (4, (1, 3), 5, 6, 1),
+        (8, (8, 6), 3, 4, 2),
+        (8, (32, 34), 3, 4, 2),  # part by part
+        (4, (160, 96), 32, 3, 2),  # a plane in two parts
+        (6, (33, 32), 3, 4, 2),  # three planes of a volume: not by halves
     ],
 )
-def test_the_form_for_cpus_is_the_plain_convolution(planes, grid, channels, out):
+def test_the_form_for_cpus_is_the_plain_convolution(planes, grid, channels, out, stride):
     """Values and both gradients."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (planes, *grid, channels))
     kernel = jax.random.normal(keys[1], (3, 3, 3, channels, out))
-    weight = jax.random.normal(keys[2], (planes, *grid, out))
+    places = (2 * -(-planes // 2 // stride), *(-(-size // stride) for size in grid))
+    weight = jax.random.normal(keys[2], (*places, out))
 
     def by(lowering):
         def loss(x, kernel):
-            y = conv.conv(x, kernel, depth=planes // 2, lowering=lowering)
+            y = conv.conv(x, kernel, depth=planes // 2, stride=stride, lowering=lowering)
             return (y * weight).sum(), y
 
         gradients, y = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(x, kernel)

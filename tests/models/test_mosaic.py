@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from masm_jax.models import mosaic
+from masm_jax.models.init import Initialiser
 
 GRID = (4, 5, 6)
 LITERAL = {
@@ -60,7 +62,59 @@ def test_a_list_of_integers_is_a_pattern_too():
     assert deep.tolist() == [[[0, 1]], [[2, 1]]]
 
 
-@pytest.mark.parametrize("pattern", ["bayer2", [1, 2], [[0.5]]])
+def test_a_random_mosaic_is_that_of_its_seed():
+    first = mosaic.offsets("random:3", (4, 4, 4), 4)
+    np.testing.assert_array_equal(first[:2, :2, :2], first[2:, 2:, 2:])  # a cell of 2
+    assert np.bincount(first[:2, :2, :2].ravel()).tolist() == [2, 2, 2, 2]
+    np.testing.assert_array_equal(first, mosaic.offsets("random:3:2", (4, 4, 4), 4))
+    assert (first != mosaic.offsets("random:4", (4, 4, 4), 4)).any()
+    large = mosaic.offsets("random:3:4", (4, 4, 4), 4)
+    assert np.bincount(large.ravel()).tolist() == [16] * 4 and (large != first).any()
+
+
+@pytest.mark.parametrize("modalities", [2, 4])
+def test_a_learnt_mosaic_shifts_as_the_table_it_has_drawn(modalities):
+    """With noise and without: a permutation at every place, another for every example."""
+    learnt = mosaic.LearntMosaic(2, GRID, modalities, init=Initialiser(0))
+    x = jax.random.normal(jax.random.key(0), (2, modalities, *GRID, 3))
+    for key in (None, jax.random.split(jax.random.key(1), 2)):
+        chosen = learnt(2, key)
+        np.testing.assert_allclose(chosen.sum(-1), 1, atol=1e-6)
+        tables = np.asarray(chosen.argmax(-1))
+        assert (tables[0] == tables[1]).all() == (key is None)
+        found = mosaic.shift_chosen(x, chosen)
+        for row, table in enumerate(tables):
+            np.testing.assert_array_equal(table[:2, :2, :2], table[2:, 2:4, 2:4])
+            expected = mosaic.shift(x[row : row + 1], table)[0]
+            np.testing.assert_allclose(found[row], expected, atol=1e-5)
+        np.testing.assert_allclose(mosaic.shift_chosen(found, chosen, back=True), x, atol=1e-5)
+
+
+def test_a_learnt_mosaic_goes_where_the_loss_wants_it():
+    """A target that is shifted by one everywhere: gradient descent finds the offset 1."""
+    learnt = mosaic.LearntMosaic(2, (2, 2, 2), 4, init=Initialiser(0))
+    x = jax.random.normal(jax.random.key(0), (8, 4, 2, 2, 2, 3))
+    wanted = jnp.roll(x, -1, axis=1)
+
+    graph, params = nnx.split(learnt)
+
+    @jax.jit
+    def slope(params, key):
+        def loss(params):
+            chosen = nnx.merge(graph, params)(len(x), jax.random.split(key, len(x)))
+            return ((mosaic.shift_chosen(x, chosen) - wanted) ** 2).mean()
+
+        return jax.grad(loss)(params)
+
+    for step in range(60):
+        slopes = slope(params, jax.random.key(step))
+        params = jax.tree.map(lambda old, slope: old - 3.0 * slope, params, slopes)
+    np.testing.assert_array_equal(nnx.merge(graph, params)(1).argmax(-1), 1)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["bayer2", "random", "random:x", "random:1:0", "learnt:0", [1, 2], [[0.5]]]
+)
 def test_a_wrong_pattern_is_named(pattern):
     with pytest.raises(ValueError, match="mosaic="):
         mosaic.offsets(pattern, GRID, 4)

@@ -96,7 +96,7 @@ def test_norm_per_modality():
     block = layers.ConvNorm(2, 3, init=Initialiser(0), groups=2)
     x = fold(normal(1, 4, 3, 4, 5, 2))  # B = 2, M = 2, modality slowest
     before = unfold(block(x, 3), 4)
-    block.shift[...] = block.shift[...].at[1].set(5.0)
+    block.shift[...] = jnp.asarray(block.shift[...]).at[1].set(5.0)
     after = unfold(block(x, 3), 4)
     np.testing.assert_array_equal(before[:2], after[:2])
     assert (np.asarray(after[2:]) > np.asarray(before[2:])).all()

@@ -1,0 +1,261 @@
+"""The 3-D convolution plane by plane: its pieces, and the form for CPUs, ``stacked``.
+
+XLA's 2-D convolution on a CPU is slow on very small planes, with stride 2 and for gradients, and
+of a whole level it wants the neighbours of every voxel in memory that was never used before. There
+the work is done in parts that stay in a core's cache, as matrix products: the neighbours of some
+rows beside each other, times the kernel. What each form gains: docs/performance.md.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from masm_jax.models import spatial
+
+_LARGE = 32 * 32  # voxels of a plane
+_OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
+
+
+def shifted(x, kernel, depth, stride):
+    """What each depth tap of the kernel sees: k arrays (B ceil(D / stride), H, W, C)."""
+    taps = (spatial.neighbour(x, t - kernel.shape[0] // 2, depth) for t in range(kernel.shape[0]))
+    return [_every(tap, depth, stride) for tap in taps]
+
+
+def _every(x, depth, stride):
+    """Every ``stride``-th plane, where possible without unfolding depth."""
+    if depth % stride:
+        volumes = x.reshape(-1, depth, *x.shape[1:])[:, ::stride]
+        return volumes.reshape(-1, *x.shape[1:])
+    return x[::stride]
+
+
+def convolved(x, kernel, stride):
+    """The same 2-D convolution in every plane: (N, H, W, C) -> (N, H', W', C_out)."""
+    pad = [(kernel.shape[0] // 2,) * 2] * 2
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pad, dimension_numbers=numbers)
+
+
+def stacked(x, kernel, depth, stride):
+    """The 3-D convolution (arguments and result as of ``conv.conv``), as fast as a CPU can."""
+    exported = not isinstance(x.shape[0], int)  # for any number of tiles at once (export.py)
+    large = x.shape[1] * x.shape[2] >= _LARGE and not exported
+    if stride == 1:
+        return _dense(x, kernel, depth, large, spatial.count())
+    halves = not any(size % 2 for size in (depth, *x.shape[1:3]))
+    if stride == 2 and kernel.shape[0] == 3 and large and halves:
+        return _halved(x, kernel, depth, spatial.count())
+    return convolved(*_beside(x, kernel, depth, stride), stride)
+
+
+def _beside(x, kernel, depth, stride=1):
+    """x with its depth neighbours in the channels, and the 2-D kernel for that."""
+    size = kernel.shape[0]
+    beside = jnp.concatenate(shifted(x, kernel, depth, stride), axis=-1)
+    return beside, jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
+
+
+# ---------------------------------------------------------------- stride 1
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _dense(x, kernel, depth, large, devices):
+    with spatial.shared_by(devices):  # the way back is traced when that is long forgotten
+        if large:
+            return _in_parts(x, kernel, depth)
+        x, kernel = _beside(x, kernel, depth)
+    if x.shape[1] * x.shape[2] <= kernel.shape[0] ** 2:
+        return _as_product(x, kernel)
+    return convolved(x, kernel, 1)
+
+
+def _dense_forward(x, kernel, depth, large, devices):
+    return _dense(x, kernel, depth, large, devices), (x, kernel)
+
+
+def _dense_backward(depth, large, devices, saved, dy):
+    x, kernel = saved
+    turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
+    with spatial.shared_by(devices):
+        gradient = _kernel_gradient(x, dy, kernel.shape[0], depth)
+    return _dense(dy, turned, depth, large, devices), gradient
+
+
+_dense.defvjp(_dense_forward, _dense_backward)
+
+
+def _as_product(x, kernel):
+    """``convolved`` as one matrix product: for planes of 2 x 2 XLA's is 25 times slower."""
+    n, h, w, _ = x.shape
+    size, side = kernel.shape[0], kernel.shape[0] // 2
+    x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
+    seen = [x[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)]
+    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _in_parts(x, kernel, depth):
+    """The neighbours along depth and width, times the kernel for all of its rows; their sum."""
+    n, h, w, channels = x.shape
+    size, out = kernel.shape[0], kernel.shape[-1]
+    wide = kernel.transpose(0, 2, 3, 1, 4).reshape(-1, size * out)
+    row = w * size**2 * channels * x.dtype.itemsize
+    parts, rows, window = _windows(x, depth, size, 1, row)
+
+    def part(index):
+        x = window(index)
+        seen = [x[i, :, j : j + w] for i, j in np.ndindex(size, size)]
+        y = jnp.concatenate(seen, -1) @ wide
+        return sum(y[t : t + rows, :, t * out : (t + 1) * out] for t in range(size))
+
+    return lax.map(part, jnp.arange(parts)).reshape(n, h, w, out)
+
+
+def _kernel_gradient(x, dy, size, depth):
+    """The gradient by the kernel, stride 1: x with its depth neighbours times the neighbours of dy
+    in the plane, summed.
+
+    XLA takes the planes for channels there, and the grid for a kernel: 5 to 10 GFLOP/s for 128
+    planes of 32 x 32.
+
+    Args:
+      x: (B D, H, W, C).
+      dy: (B D, H, W, C_out).
+      size: k.
+      depth: D.
+
+    Returns:
+      (k, k, k, C, C_out) in the dtype of ``x``, summed in float32.
+    """
+    n, h, w, channels = x.shape
+    out, side = dy.shape[-1], size // 2
+    starts = [(size - 1 - i, size - 1 - j) for i, j in np.ndindex(size, size)]
+    plane = h * w * size * size * out * dy.dtype.itemsize
+    parts = _parts(depth, max(1, _OF_PLANES // plane))  # of a volume
+    planes = depth // parts
+    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
+    padded = jnp.pad(dy, ((0, 0), (side, side), (side, side), (0, 0)))
+
+    def product(index):
+        start = (index // parts, index % parts * planes, 0, 0, 0)
+        (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, h, w, channels))
+        seen = jnp.concatenate([seen[t : t + planes] for t in range(size)], -1)
+        near = lax.dynamic_slice_in_dim(padded, index * planes, planes)
+        near = jnp.concatenate([near[:, i : i + h, j : j + w] for i, j in starts], -1)
+        return jnp.einsum("nhwc,nhwo->co", seen, near, preferred_element_type=jnp.float32)
+
+    total = lax.map(product, jnp.arange(n // planes)).sum(0)
+    total = total.reshape(size, channels, size, size, out).transpose(0, 2, 3, 1, 4)
+    return total.astype(x.dtype)
+
+
+# ---------------------------------------------------------------- stride 2, kernels of 3
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _halved(x, kernel, depth, devices):
+    with spatial.shared_by(devices):
+        parts, _, neighbours = _of_every_second(x, depth)
+    flat = kernel.reshape(-1, kernel.shape[-1])
+    y = lax.map(lambda index: neighbours(index) @ flat, jnp.arange(parts))
+    n, h, w, _ = x.shape
+    return y.reshape(n // 2, h // 2, w // 2, kernel.shape[-1])
+
+
+def _halved_forward(x, kernel, depth, devices):
+    return _halved(x, kernel, depth, devices), (x, kernel)
+
+
+def _halved_backward(depth, devices, saved, dy):
+    x, kernel = saved
+    with spatial.shared_by(devices):
+        parts, rows, neighbours = _of_every_second(x, depth)
+        dx = _to_every_second(dy, kernel, depth // 2)
+
+    def product(part):
+        index, dy = part
+        seen = neighbours(index)
+        return jnp.einsum("hwc,hwo->co", seen, dy, preferred_element_type=jnp.float32)
+
+    split = dy.reshape(parts, rows, *dy.shape[2:])
+    total = lax.map(product, (jnp.arange(parts), split)).sum(0)
+    return dx, total.reshape(kernel.shape).astype(x.dtype)
+
+
+_halved.defvjp(_halved_forward, _halved_backward)
+
+
+def _of_every_second(x, depth):
+    """Number of parts, rows of each, and index -> (rows, W / 2, 27 C), all that the kernel sees."""
+    _, h, w, channels = x.shape
+    row = w // 2 * 27 * channels * x.dtype.itemsize
+    parts, rows, window = _windows(x, depth, 3, 2, row)
+
+    def neighbours(index):
+        x = window(index)
+        taps = np.ndindex(3, 3, 3)
+        return jnp.concatenate([x[d, i : i + 2 * rows : 2, j : j + w : 2] for d, i, j in taps], -1)
+
+    return parts, rows, neighbours
+
+
+def _to_every_second(dy, kernel, depth):
+    """The gradient by the input: eight neighbours of dy give eight voxels, by one product."""
+    n, h, w, out = dy.shape
+    channels = kernel.shape[-2]
+    ahead = spatial.with_halo(dy.reshape(-1, depth, h, w, out), 1)[:, 1:]
+    ahead = jnp.pad(ahead, ((0, 0), (0, 0), (0, 1), (0, 1), (0, 0)))
+    # Along each axis tap t of place o reaches voxel 2 o + t - 1. With one zero tap before them they
+    # are (place before this one or this, first or second voxel of it).
+    pairs = jnp.pad(kernel, ((1, 0), (1, 0), (1, 0), (0, 0), (0, 0)))
+    pairs = jnp.flip(pairs.reshape(2, 2, 2, 2, 2, 2, channels, out), (0, 2, 4))
+    flat = pairs.transpose(0, 2, 4, 7, 1, 3, 5, 6).reshape(8 * out, 8 * channels)
+
+    def plane(index):
+        start = (index // depth, index % depth, 0, 0, 0)
+        (seen,) = lax.dynamic_slice(ahead, start, (1, 2, *ahead.shape[2:]))
+        seen = [seen[d, i : i + h, j : j + w] for d, i, j in np.ndindex(2, 2, 2)]
+        dx = (jnp.concatenate(seen, -1) @ flat).reshape(h, w, 2, 2, 2, channels)
+        return dx.transpose(2, 0, 3, 1, 4, 5)
+
+    return lax.map(plane, jnp.arange(n)).reshape(2 * n, 2 * h, 2 * w, channels)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def _windows(x, depth, size, stride, row):
+    """Cut the output of a convolution into parts, some rows of a plane each.
+
+    Args:
+      x: (B D, H, W, C).
+      depth: D.
+      size, stride: of the kernel.
+      row: bytes of the neighbours of a row of the output.
+
+    Returns:
+      The number of parts, the rows of each, and index -> what its rows see:
+      (k, stride rows + k - stride, W + k - 1, C).
+    """
+    n, h, w, channels = x.shape
+    side, planes = size // 2, depth // stride
+    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
+    volumes = jnp.pad(volumes, ((0, 0), (0, 0), (side, side), (side, side), (0, 0)))
+    split = _parts(h // stride, max(1, _OF_ROWS // row))
+    rows = h // stride // split
+    shape = (1, size, stride * rows + size - stride, *volumes.shape[3:])
+
+    def window(index):
+        plane, part = index // split, index % split
+        start = (plane // planes, plane % planes * stride, part * rows * stride, 0, 0)
+        return lax.dynamic_slice(volumes, start, shape)[0]
+
+    return n // stride * split, rows, window
+
+
+def _parts(n, most):
+    """The least number of equal parts of n with at most ``most`` each."""
+    return next(parts for parts in range(-(-n // most), n + 1) if n % parts == 0)
