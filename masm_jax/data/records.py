@@ -148,7 +148,9 @@ class Records:
 
     def foreground(self, case: str) -> dict[str, np.ndarray]:
         """Returns region -> (n, 3) int32 voxel coordinates inside it, possible crop centres."""
-        with _READING, np.load(self._file(case, "foreground.npz")) as stored:
+        # Opened here: np.load leaves a file that is no archive open.
+        path = self._file(case, "foreground.npz")
+        with _READING, path.open("rb") as file, np.load(file) as stored:
             return {name: stored[name] for name in self.regions}
 
     def _file(self, case: str, name: str) -> Path:
