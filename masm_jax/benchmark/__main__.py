@@ -17,6 +17,7 @@ COMMANDS = {
     "accuracy": "Dice of MASM and others at equal budget, trained and evaluated alike",
     "input": "crops per second beside MONAI and nnU-Net, waiting, memory",
     "start": "time to the first training step, cold and with the compilation cache",
+    "shares": "what a share of the tokens saves in time, and costs in Dice",
     "growth": "how time and memory grow with patch, batch, modalities, depth of the mixers",
     "evaluation": "seconds of an evaluation by stage: reading, inference, metrics, writing",
 }
