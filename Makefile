@@ -20,7 +20,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	>/dev/null 2>&1 && echo $$p && break; done)
 
 help:
-	@echo "make test          set up $(VENV), then lint and tests; PYTEST=\"-m slow\" runs the slow one"
+	@echo "make test          set up $(VENV), then lint and tests; PYTEST=\"-m slow\" runs the slow ones"
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
 	@echo "make lint          ruff"

@@ -33,6 +33,7 @@ FLAGS = (
     "--config.log.volume_every=6",
     "--config.log.volumes=1",
     "--config.log.checkpoint_every=4",
+    "--config.infer.overlap=0.25",  # a third of the tiles
 )
 
 

@@ -29,6 +29,7 @@ FLAGS = (
     "--config.log.volumes=2",
     "--config.log.checkpoint_every=2",
     "--config.log.keep=2",
+    "--config.infer.overlap=0.25",  # a third of the tiles
 )
 LIMIT = 300  # seconds for anything here
 
@@ -183,6 +184,7 @@ def test_evaluation_shares_the_cases(alone, processes, command, tmp_path):
     assert predictions == [f"{case}.nii.gz" for case in CASES[2:]]
 
 
+@pytest.mark.slow  # the others here go from eight devices to two, test_train.py from one to eight
 def test_fewer_and_fewer_devices(alone, processes, command, words, tmp_path):
     """8 devices of one process, 2 of two processes, 1."""
     workdir = tmp_path / "run"
