@@ -28,6 +28,7 @@ from masm_jax.evaluation import pictures, validation
 from masm_jax.files import as_path, replacing
 from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
+from masm_jax.models import from_monai
 from masm_jax.plan import Plan, step_function
 from masm_jax.state import Network, abstract_state, init_state
 from masm_jax.steps import eval_step, segment_step
@@ -90,7 +91,7 @@ def train(config, workdir, roll):
     if start:
         log.info("continuing at step %d", start)
     else:
-        params = sharding.everywhere(mesh, network.init(config.seed))
+        params = sharding.everywhere(mesh, from_monai.start(network))
         state = jax.jit(partial(init_state, network), out_shardings=everywhere)(params)
     if first:
         config_lib.save(config, workdir)

@@ -41,7 +41,12 @@ def get_config():
     data.workers = 0  # reader processes; 0 reads in threads, enough for memory-mapped records
 
     config.model = model = ml_collections.ConfigDict()
-    model.size = "base"  # tiny, base or full (models/masm.py)
+    # The encoder that the modalities share: unet, unetr or swin_unetr; the latter two without
+    # mixers are the networks as published, and have no size "full"
+    model.backbone = "unet"
+    # Weights of MONAI's UNETR or SwinUNETR to start from (.pt, .pth, .npz; docs/paper.md); "": none
+    model.start_from = ""
+    model.size = "base"  # tiny, base or full (models/sizes.py)
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's
     model.pairs = (("t1", "t1ce"), ("t2", "flair"))

@@ -21,8 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from masm_jax.data.simulate import simulate  # noqa: E402
-from masm_jax.models.masm import SIZES  # noqa: E402
 from masm_jax.models.mosaic import offsets  # noqa: E402
+from masm_jax.models.sizes import SIZES  # noqa: E402
 
 PATCH = 128
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")

@@ -8,9 +8,10 @@ import ml_collections
 from masm_jax.evaluation.lesions import STYLES
 from masm_jax.files import as_path, replacing
 from masm_jax.models.aware import PRUNING
-from masm_jax.models.masm import MIXERS, REMAT, SIZES, divisor, edges
+from masm_jax.models.masm import MIXERS, REMAT, divisor, edges
 from masm_jax.models.mosaic import learnt_edge, offsets
 from masm_jax.models.shift import EXTRAS
+from masm_jax.models.sizes import BACKBONES
 
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
@@ -38,7 +39,21 @@ def validate(config):
 
     model, optim, data, log = config.model, config.optim, config.data, config.log
     among("augment", config.augment, ("nnunet", "swin", "scanner", "none"))
-    among("model.size", model.size, tuple(SIZES))
+    among("model.backbone", model.backbone, tuple(BACKBONES))
+    among("model.size", model.size, tuple(BACKBONES.get(model.backbone, BACKBONES["unet"])))
+    check(
+        not model.start_from or model.backbone != "unet", "model.start_from", model.start_from,
+        "nothing with model.backbone='unet': MONAI's weights are those of unetr or swin_unetr",
+    )  # fmt: skip
+    if model.backbone != "unet":
+        check(
+            config.mesh.spatial == 1, "mesh.spatial", config.mesh.spatial,
+            f"1: the transformer of model.backbone={model.backbone!r} sees whole volumes",
+        )  # fmt: skip
+        check(
+            not model.modality_affine, "model.modality_affine", model.modality_affine,
+            f"False: the norms of model.backbone={model.backbone!r} have no parameters",
+        )  # fmt: skip
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
     among("model.remat", model.remat, REMAT)
     among("model.pruning", model.pruning, PRUNING)

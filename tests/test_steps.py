@@ -12,7 +12,7 @@ import pytest
 from masm_jax import sharding
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.evaluation import validation
-from masm_jax.models.masm import SIZES
+from masm_jax.models.sizes import SIZES
 from masm_jax.state import Network, init_state
 from masm_jax.steps import eval_step, keep_names, keep_step, segment_step, train_step
 

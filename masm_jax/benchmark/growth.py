@@ -21,7 +21,8 @@ from masm_jax.benchmark import counting, growth_report, jax_side, peers, program
 from masm_jax.benchmark.compare import MODES, Worker, cores, measure_all, some
 from masm_jax.benchmark.store import Item, Store
 from masm_jax.data.conventions import MODALITIES
-from masm_jax.models.masm import SIZES, divisor
+from masm_jax.models.masm import divisor
+from masm_jax.models.sizes import SIZES
 
 EDGES = (32, 48, 64, 96, 128, 160)
 COUNTS = (1, 2, 4, 8)

@@ -24,6 +24,7 @@ NNUNET = _SHAPE | {
 }
 SEGRESNET = _SHAPE | {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
 _MEDNEXT = _SHAPE | {"kernel_size": 3, "deep_supervision": False}
+_PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}
 
 
@@ -91,6 +92,10 @@ NETWORKS = {
     "masm_tiny": Ours("MASM, size tiny", {"model.size": "tiny"}),
     "masm_base": Ours("MASM, size base", {}),
     "masm_full": Ours("MASM, size full", {"model.size": "full"}),
+    "masm_unetr": Ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
+    "masm_swin_unetr": Ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),
+    "unetr_jax": Ours("UNETR, ViT-B/16, ours", {"model.backbone": "unetr"} | _PLAIN),
+    "swin_unetr_jax": Ours("SwinUNETR, 48, ours", {"model.backbone": "swin_unetr"} | _PLAIN),
     "late_base": Ours("shared encoder, no mixers, base", _CONCAT),
     "unet_base": Ours("concatenation U-Net, base", {"model.mixers": ()}),
     "unet_base_torch": _unet("base"),

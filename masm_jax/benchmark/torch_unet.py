@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from masm_jax.models.layers import LEAKY_SLOPE
-from masm_jax.models.masm import SIZES
+from masm_jax.models.sizes import SIZES
 
 
 class ConvNorm(nn.Module):
@@ -54,7 +54,7 @@ class UNet(nn.Module):
     """The U-Net.
 
     Args:
-      size: a name of ``models.masm.SIZES``.
+      size: a name of ``models.sizes.SIZES``.
       modalities: M.
       regions: R.
     """

@@ -12,9 +12,9 @@ from masm_jax.models.masking import policy_attention
 class SelfAttention(nnx.Module):
     """Pre-norm multi-head self-attention with a residual; the softmax is in float32."""
 
-    def __init__(self, width, heads, *, init):
+    def __init__(self, width, heads, *, init, qkv_bias=True):
         self.norm = LayerNorm(width)
-        self.qkv = Dense(width, 3 * width, init=init)
+        self.qkv = Dense(width, 3 * width, init=init, bias=qkv_bias)
         self.out = Dense(width, width, init=init)
         self.heads = heads
 

@@ -155,17 +155,19 @@ def instance_norm(x, scale, shift, depth, eps=1e-5):
 class Dense(nnx.Module):
     """x @ kernel + bias over the last axis; ``gain`` 0 starts it at zero.
 
-    ``copies`` > 1 starts it with that many equal blocks of outputs: ``depth_to_space`` of them is
-    nearest-neighbour upsampling, without a checkerboard (ICNR, Aitken et al. 2017).
+    Without ``bias`` it has none. ``copies`` > 1 starts it with that many equal blocks of outputs:
+    ``depth_to_space`` of them is nearest-neighbour upsampling, without a checkerboard (ICNR, Aitken
+    et al. 2017).
     """
 
-    def __init__(self, features_in, features_out, *, init, gain=1.0, copies=1):
+    def __init__(self, features_in, features_out, *, init, gain=1.0, copies=1, bias=True):
         kernel = init.fan_in((features_in, features_out // copies), gain)
         self.kernel = nnx.Param(np.tile(kernel, (1, copies)))
-        self.bias = nnx.Param(np.zeros((features_out,), np.float32))
+        self.bias = nnx.Param(np.zeros((features_out,), np.float32)) if bias else None
 
     def __call__(self, x):
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

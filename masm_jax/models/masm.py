@@ -2,17 +2,17 @@
 
     scans (B, M, D, H, W)
       -> space-to-depth stem (base, tiny), modalities folded into the batch
-      -> Encoder: features F^j (B, M, S_j^3, C_j), j = 1..6
+      -> Encoder (or that of UNETR or Swin UNETR): features F^j (B, M, S_j^3, C_j), j = 1..6
       -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic) or "concat"
       -> Fuse: the M results become the skip of the level (B, S_j^3, C_j)
       -> Decoder -> logits (B, D, H, W, R)
 
 Which mixer works at which level is data (``mixers``). With no mixers at all the modalities are
-concatenated at the input instead: the plain U-Net that every comparison starts from.
+concatenated at the input instead: the plain U-Net that every comparison starts from, or UNETR or
+Swin UNETR as published.
 Source: arXiv 2403.02074; docs/paper.md lists what the paper says and what we chose.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -24,64 +24,14 @@ from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.encoder import Encoder
 from masm_jax.models.layers import Dense, depth_to_space, planes, stem, volumes
+from masm_jax.models.residual import ResidualDecoder
 from masm_jax.models.shift import ShiftMixer
+from masm_jax.models.sizes import size_of
+from masm_jax.models.swin_unetr import SwinEncoder
+from masm_jax.models.unetr import UNETREncoder
 
 MIXERS = ("aware", "shift", "concat")
 REMAT = ("none", "blocks", "full")  # what is computed again on the way back (models/layers.py)
-
-
-@dataclasses.dataclass(frozen=True)
-class Size:
-    """The constants of a size.
-
-    Attributes:
-      stem: edge of the space-to-depth stem (1 = none).
-      strides: per level, after the stem.
-      widths: channels C_j per level.
-      token_widths: d_j of the mixers per level.
-      head_width: channels per attention head.
-      token_size: edge of a token in input voxels, where the level allows it.
-      deep_heads: number of levels with a head while training.
-    """
-
-    stem: int
-    strides: tuple[int, ...]
-    widths: tuple[int, ...]
-    token_widths: tuple[int, ...]
-    head_width: int
-    token_size: int
-    deep_heads: int
-
-
-SIZES = {
-    "tiny": Size(
-        stem=2,
-        strides=(1, 2, 2, 2, 1, 1),
-        widths=(16, 32, 64, 96, 128, 128),
-        token_widths=(32, 64, 64, 64, 128, 128),
-        head_width=64,
-        token_size=8,
-        deep_heads=3,
-    ),
-    "base": Size(
-        stem=2,
-        strides=(1, 2, 2, 2, 2, 1),
-        widths=(24, 48, 96, 192, 256, 256),
-        token_widths=(96, 96, 128, 192, 256, 256),
-        head_width=32,
-        token_size=16,
-        deep_heads=4,
-    ),
-    "full": Size(
-        stem=1,
-        strides=(1, 2, 2, 2, 2, 2),
-        widths=(16, 32, 64, 128, 256, 320),
-        token_widths=(96, 96, 128, 192, 256, 320),
-        head_width=32,
-        token_size=16,
-        deep_heads=5,
-    ),
-}
 
 
 class MASM(nnx.Module):
@@ -96,13 +46,19 @@ class MASM(nnx.Module):
     """
 
     def __init__(self, model, *, patch, modalities, num_regions, init):
-        size = SIZES[model.size]
+        size = size_of(model)
         self.stem, self.mixer_names, self.remat = size.stem, tuple(model.mixers), model.remat
         # Modalities are seen one by one, or (no mixers) together as channels.
         folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
-        self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
+        if model.backbone == "unetr":
+            plain = not self.mixer_names
+            self.encoder = UNETREncoder(channels, size, patch=patch, init=init, plain=plain)
+        elif model.backbone == "swin_unetr":
+            self.encoder = SwinEncoder(channels, size, init=init)
+        else:
+            self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
         names = list(modalities)
         pairs = []
         if "aware" in self.mixer_names:  # the others do without, and on any modalities
@@ -140,6 +96,10 @@ class MASM(nnx.Module):
                 )
             fuse.append(Dense(folded * size.widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
+        if model.backbone != "unet" and not self.mixer_names:  # UNETR, Swin UNETR as published
+            widths = self.encoder.widths
+            self.decoder = ResidualDecoder(widths, num_regions=num_regions, init=init)
+            return
         self.decoder = Decoder(
             size.widths,
             size.strides,
@@ -233,7 +193,7 @@ def edges(patch):
 
 def divisor(model):
     """The number that a patch edge must be a multiple of: the total stride, and whole tokens."""
-    size = SIZES[model.size]
+    size = size_of(model)
     stride, needed = size.stem, size.stem
     for level, step in enumerate(size.strides):
         stride *= step
