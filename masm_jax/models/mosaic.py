@@ -95,7 +95,40 @@ def unshift(x, offsets):
     return _chosen(x, -np.asarray(offsets))
 
 
+def verify(pattern, grid, num_modalities):
+    """Shift numbered patches on the host, and shift them back: every one must come home.
+
+    A cheap check at every start; a wrong shift trains all the same, only worse.
+
+    Args:
+      pattern, grid, num_modalities: of ``offsets``.
+
+    Returns:
+      The offsets.
+
+    Raises:
+      ValueError: a place loses a patch, has one twice, or has another after the way back.
+    """
+    table = offsets(pattern, grid, num_modalities)
+    shape = (1, num_modalities, *grid, 1)
+    here = np.arange(np.prod(shape)).reshape(shape)
+    moved = shift(here, table)
+    for what, found in (
+        ("has not each modality once after the shift", np.sort(moved, axis=1)),
+        ("has other patches after the way back", unshift(moved, table)),
+    ):
+        wrong = np.argwhere((found != here).any(axis=(0, 1, 5)))
+        if len(wrong):
+            raise ValueError(
+                f"mosaic={pattern!r}: place {tuple(wrong[0].tolist())} of the token grid "
+                f"{tuple(grid)} {what}, with offset {table[tuple(wrong[0])]} of {num_modalities} "
+                f"modalities; expected a permutation and its inverse (models/mosaic.py)"
+            )
+    return table
+
+
 def _chosen(x, offsets):
+    xp = np if isinstance(x, np.ndarray) else jnp  # on the host: ``verify``
     modalities = x.shape[1]
     if not offsets.any() or modalities == 1:
         return x
@@ -104,7 +137,7 @@ def _chosen(x, offsets):
     for step in range(1, modalities):
         here = offsets == step
         if here.any():
-            result = jnp.where(jnp.asarray(here)[..., None], jnp.roll(x, -step, axis=1), result)
+            result = xp.where(xp.asarray(here)[..., None], xp.roll(x, -step, axis=1), result)
     return result
 
 

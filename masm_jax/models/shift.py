@@ -16,6 +16,7 @@ from masm_jax.models.mosaic import (
     shift,
     shift_chosen,
     unshift,
+    verify,
 )  # fmt: skip
 from masm_jax.models.tokens import Tokens
 
@@ -47,8 +48,10 @@ class ShiftMixer(nnx.Module):
             [nnx.List([kinds[name]() for name in extras]) for _ in range(depth if extras else 0)]
         )
         edge = learnt_edge(mosaic)
-        self.mosaic, self.modalities = mosaic, modalities
         self.learnt = LearntMosaic(edge, grid, modalities, init=init) if edge else None
+        self.mosaic, self.modalities = mosaic, modalities
+        if not edge:
+            verify(mosaic, grid, modalities)
 
     def __call__(self, x, depth, key=None, temperature=1.0, noise=1.0, present=None):
         """Mix all modalities.

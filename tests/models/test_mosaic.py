@@ -126,3 +126,27 @@ def test_gradient_goes_back_the_same_way():
     weight = jax.random.normal(jax.random.key(1), x.shape)
     gradient = jax.grad(lambda x: (mosaic.shift(x, table) * weight).sum())(x)
     np.testing.assert_array_equal(gradient, mosaic.unshift(weight, table))
+
+
+@pytest.mark.parametrize("pattern", [*mosaic.PATTERNS, "random:3:3", [[0, 5], [-2, 1]]])
+def test_every_mosaic_passes_its_self_check(pattern):
+    table = mosaic.verify(pattern, (3, 4, 2), 3)
+    np.testing.assert_array_equal(table, mosaic.offsets(pattern, (3, 4, 2), 3))
+
+
+def test_a_shift_that_loses_patches_is_found(monkeypatch):
+    """One place borrows the same modality for all planes; one does not go back."""
+    shift = mosaic.shift
+
+    def lossy(x, offsets):
+        x = np.array(shift(x, offsets))
+        x[:, :, 1, 0, 1] = x[:, :1, 1, 0, 1]
+        return x
+
+    monkeypatch.setattr(mosaic, "shift", lossy)
+    with pytest.raises(ValueError, match=r"place \(1, 0, 1\) of .* has not each modality once"):
+        mosaic.verify("bayer", (2, 2, 2), 4)
+    monkeypatch.setattr(mosaic, "shift", shift)
+    monkeypatch.setattr(mosaic, "unshift", shift)
+    with pytest.raises(ValueError, match=r"place \(0, 0, 1\) of .* other patches after the way"):
+        mosaic.verify("bayer", (2, 2, 2), 4)
