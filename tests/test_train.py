@@ -428,3 +428,12 @@ def test_a_patient_with_two_scans(straight, phantoms, command, tmp_path):
                     f"--output={tmp_path / 'subsets'}").stdout  # fmt: skip
     assert whole.count("●") == 1 + 32 and "Never lost" not in whole
     assert (tmp_path / "subsets" / "subsets.png").stat().st_size > 1000
+
+
+def test_a_diagnosis_of_a_run(straight, command, tmp_path):
+    flags = (straight, "--cases=1", f"--output={tmp_path}")
+    said = command("-m", "masm_jax.diagnose", *flags).stdout
+    assert "mosaic bayer3d: numbered patches came home" in said and "training: mean loss" in said
+    found = json.loads((tmp_path / "findings.json").read_text())
+    assert len(found["cases"]) == 1 and len(found["skips_off"]) == 6
+    assert (tmp_path / "diagnose.html").stat().st_size > 20_000

@@ -67,16 +67,16 @@ class Segmenter:
 
     def __init__(self, step, params, mesh, settings, network=None):
         self.settings, self.network, self._mesh = settings, network, mesh
-        self._params = jax.device_put(params, sharding.replicated(mesh))
+        self.params = jax.device_put(params, sharding.replicated(mesh))
         self._step = jax.jit(step)
 
     def update(self, params):
         """Take other weights; nothing is compiled again."""
-        self._params = jax.device_put(params, sharding.replicated(self._mesh))
+        self.params = jax.device_put(params, sharding.replicated(self._mesh))
 
     def another(self, step, settings):
         """A Segmenter of another step with the same weights on the same devices."""
-        return Segmenter(step, self._params, self._mesh, settings, self.network)
+        return Segmenter(step, self.params, self._mesh, settings, self.network)
 
     def probabilities(self, image, progress=None, present=None):
         """Region probabilities of one prepared image.
@@ -101,7 +101,7 @@ class Segmenter:
             there = (jax.device_put(there, sharding.replicated(self._mesh)),)
         return sliding_window.predict(
             lambda tiles: self._step(
-                self._params, jax.device_put(tiles, sharding.over_batch(self._mesh)), *there
+                self.params, jax.device_put(tiles, sharding.over_batch(self._mesh)), *there
             ),
             np.asarray(image),
             patch=settings.patch,
