@@ -168,6 +168,7 @@ def test_from_records_to_a_table(bench, records, tmp_path):
     assert "is another study: given" in other.stderr and other.stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # the parts of it are tested alone, and the trainings above
 def test_equal_minutes_follow_a_calibration(bench, records, tmp_path):
     flags = [
         *SMALL, f"--records={records}", f"--test_records={records}", "--seeds=1",

@@ -45,6 +45,9 @@ def stepped(config, jit, **mesh):
     return jax.device_get(metrics), jax.device_get(moments)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def alone(make_config, quick_jit):
     """One device, the whole batch at once."""
@@ -63,7 +66,8 @@ def assert_same(one, other):
 
 # Each way to compute again on the way back is taken along with one of the meshes.
 @pytest.mark.parametrize(
-    ("data", "cut", "remat"), [(8, 1, "none"), (4, 2, "blocks"), (2, 4, "full"), (1, 8, "none")]
+    ("data", "cut", "remat"),
+    [(8, 1, "none"), (4, 2, "blocks"), (1, 8, "full"), pytest.param(2, 4, "none", marks=SLOW)],
 )
 def test_a_mesh_takes_the_step_of_one_device(alone, make_config, quick_jit, data, cut, remat):
     config = settings(make_config, **{"model.remat": remat})

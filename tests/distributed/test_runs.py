@@ -1,4 +1,4 @@
-"""train.py and eval.py on two processes of four devices: the same numbers, stops, deaths."""
+"""train.py and eval.py on two processes of two devices: the same numbers, stops, deaths."""
 
 import json
 import shutil
@@ -109,16 +109,16 @@ def assert_same_losses(one, other):
 
 @pytest.fixture(scope="module")
 def alone(command, words, tmp_path_factory):
-    """The run on one process of eight devices."""
+    """The run on one process of four devices."""
     workdir = tmp_path_factory.mktemp("runs") / "alone"
-    command(*words, f"--workdir={workdir}", "--cpu_devices=8")
+    command(*words, f"--workdir={workdir}", "--cpu_devices=4")
     return workdir
 
 
 def test_two_processes_stop_and_go_on_as_one(alone, processes, words, command, tmp_path):
-    """SIGTERM to one, of two: both save and leave; one process of two devices goes on."""
+    """SIGTERM to one, of two: both save and leave; one process of one device goes on."""
     workdir = tmp_path / "run"
-    first, second = processes(*words, f"--workdir={workdir}", "--cpu_devices=4")
+    first, second = processes(*words, f"--workdir={workdir}", "--cpu_devices=2")
     log = workdir / "metrics.jsonl"
     wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2, first, second)
     second.send_signal(signal.SIGTERM)
@@ -127,14 +127,14 @@ def test_two_processes_stop_and_go_on_as_one(alone, processes, words, command, t
     assert "SIGTERM: finishing the step and saving" in second.said()
     stopped = saved(workdir)[-1]
     assert 2 <= stopped < STEPS and list(losses(workdir)) == list(range(1, stopped + 1))
-    said = command(*words, f"--workdir={workdir}", "--cpu_devices=2")
+    said = command(*words, f"--workdir={workdir}", "--cpu_devices=1")
     assert f"continuing at step {stopped}" in said.stderr
     assert_same_losses(losses(alone), losses(workdir))
 
 
 def test_a_killed_process_ends_the_other_and_both_go_on(alone, processes, words, tmp_path):
     workdir = tmp_path / "run"
-    flags = (*words, f"--workdir={workdir}", "--cpu_devices=4")
+    flags = (*words, f"--workdir={workdir}", "--cpu_devices=2")
     first, second = processes(*flags)
     wait_for(lambda: (workdir / "checkpoints" / "2").is_dir(), first, second)
     began = time.monotonic()
@@ -153,7 +153,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(alone, processes, words,
 
 
 def test_another_config_on_one_of_them_ends_both(processes, words, tmp_path):
-    flags = (*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=4")
+    flags = (*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=2")
     own = ((), ("--config.optim.learning_rate=0.5",))
     both = processes(*flags, own=own)
     assert codes(*both) == [1, 1]
@@ -164,7 +164,7 @@ def test_another_config_on_one_of_them_ends_both(processes, words, tmp_path):
 
 def test_an_error_of_one_is_said_by_the_first(processes, words, records, tmp_path):
     gone = tmp_path / "gone"
-    flags = (*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=4")
+    flags = (*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=2")
     both = processes(*flags, own=((), (f"--config.data.records={gone}",)))
     assert codes(*both) == [1, 1]
     assert f"process 1 (host {socket.gethostname()}" in both[0].said()
@@ -184,12 +184,12 @@ def test_evaluation_shares_the_cases(alone, processes, command, tmp_path):
     assert predictions == [f"{case}.nii.gz" for case in CASES[2:]]
 
 
-@pytest.mark.slow  # the others here go from eight devices to two, test_train.py from one to eight
+@pytest.mark.slow  # the others here go from four devices to two, test_train.py from one to eight
 def test_fewer_and_fewer_devices(alone, processes, command, words, tmp_path):
-    """8 devices of one process, 2 of two processes, 1."""
+    """4 devices of one process, 2 of two processes, 1."""
     workdir = tmp_path / "run"
     flags = (*words, f"--workdir={workdir}")
-    command(*flags, "--cpu_devices=8", "--config.stop_at_step=2", code=75)
+    command(*flags, "--cpu_devices=4", "--config.stop_at_step=2", code=75)
     assert losses(workdir) == {step: losses(alone)[step] for step in (1, 2)}  # to the last bit
     two = processes(*flags, "--cpu_devices=1", "--config.stop_at_step=4")
     assert codes(*two) == [75, 75], [process.said() for process in two]
@@ -206,7 +206,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_used(alone, command, wo
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 16
     largest.write_bytes(content)
-    said = command(*words, f"--workdir={workdir}", "--cpu_devices=8")
+    said = command(*words, f"--workdir={workdir}", "--cpu_devices=4")
     assert f"checkpoint {workdir / 'checkpoints' / str(newest)} is broken" in said.stderr
     assert f"continuing at step {before}" in said.stderr
     assert (workdir / "checkpoints_broken" / str(newest)).is_dir()
@@ -214,7 +214,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_used(alone, command, wo
 
 
 def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(command, words, tmp_path):
-    said = command(*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=4", "--dry_run")
+    said = command(*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=2", "--dry_run")
     for text in ("4 data x 1 spatial", "process 0: 4 devices", "1 steps for 2 cases", "GB work"):
         assert text in said.stdout, said.stdout
     assert not (tmp_path / "run").exists()
