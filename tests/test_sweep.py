@@ -1,15 +1,17 @@
 """Sweeps: what is run when, and the table, with a stub for the commands; then the command."""
 
 import csv
-import importlib
 import itertools
 import json
 import pathlib
 import subprocess
+import sys
 import types
 
 import numpy as np
 import pytest
+from absl import flags as absl_flags
+from ml_collections import config_flags
 
 from masm_jax import commands, compare, config_file, runtime
 from masm_jax import config as config_lib
@@ -25,6 +27,7 @@ from tests.conftest import CASES
 
 ROWS = {"plain": {}, "gate": {"model.shift_extras": ("gate",)}, "late": {"model.mixers": ()}}
 COMMON = {"total_steps": 4, "patch": 16, "optim.warmup_steps": 1, "data.split": "holdout:c2"}
+FIGURES = report._figures
 DICE = {  # case -> row -> Dice of the regions; 0.1 better with seed 1, of "gate" 0.3
     "c0": {"plain": (0.5, 0.3), "gate": (0.6, 0.4), "late": (0.5, 0.1)},
     "c1": {"plain": (0.7, 0.1), "gate": (0.7, 0.4), "late": (0.2, 0.0)},
@@ -72,6 +75,7 @@ def runner(monkeypatch):
     calls = Calls()
     monkeypatch.setattr(commands, "python", python)
     monkeypatch.setattr(cost, "write", costed)
+    monkeypatch.setattr(report, "_figures", lambda *_: None)  # a second each
     return calls
 
 
@@ -206,8 +210,9 @@ def test_another_config_is_refused(sweep, runner, capsys):
 # ---------------------------------------------------------------- the table
 
 
-def test_the_table_by_hand(sweep, runner, capsys):
+def test_the_table_by_hand(sweep, runner, capsys, monkeypatch):
     sweep()
+    monkeypatch.setattr(report, "_figures", FIGURES)
     capsys.readouterr()
     (sweep.out / "table.csv").unlink()
     runner.clear()
@@ -387,18 +392,23 @@ def test_help_is_helpful(capsys):
 
 
 @pytest.mark.parametrize("name", ["extras", "mosaics", "masks", "pairs"])
-def test_the_shipped_sweeps_are_valid(name, tmp_path):
+def test_the_shipped_sweeps_are_valid(name, tmp_path, monkeypatch):
     sweep = definition.load(f"configs/sweeps/{name}.py", tmp_path)
     assert sweep.seeds == (0, 1, 2) and len(sweep.rows) >= 6
-    module = importlib.import_module(f"configs.sweeps.{name}")
-    assert list(module.get_sweep()["rows"]) == list(sweep.rows)
-    flags = sweep.changes(Run(next(iter(sweep.rows)), 2))
-    assert flags["seed"] == 2 and flags["total_steps"] == 300
+    for row in sweep.rows:
+        run, values = Run(row, 2), absl_flags.FlagValues()
+        holder = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
+        given = [definition.flag(key, value) for key, value in sweep.changes(run).items()]
+        monkeypatch.setattr(sys, "argv", ["train.py", f"--config={sweep.base}", *given])
+        values(sys.argv)  # as train.py reads them
+        assert config_lib.to_dict(holder.value) == config_lib.to_dict(sweep.config(run))
+        assert (holder.value.seed, holder.value.total_steps) == (2, 300)
 
 
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_from_records_to_a_table(command, records, tmp_path):
     """One run of a U-Net: the real commands."""
     common = {

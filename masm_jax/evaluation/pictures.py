@@ -171,12 +171,14 @@ def _panel(axes: Any, title: str, series: Mapping[str, Mapping[int, float]]) -> 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(alpha=0.3)
     names = [name for name in series if name.startswith(CURVES[title])]
+    colours = {}  # of a level one, with noise and without
     for name in names:
+        colour = colours.setdefault(name.rpartition("keep/")[2], f"C{len(colours) % 10}")
         steps = sorted(series[name])
         values = [series[name][step] for step in steps]
         line = "--" if name.startswith(("volume/", "val/keep")) else "-"
         dots = "." if len(steps) < 50 else ""
-        axes.plot(steps, values, dots + line, label=name, linewidth=1.3)
+        axes.plot(steps, values, dots + line, label=name, linewidth=1.3, color=colour)
     if not names:
         axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
         return
