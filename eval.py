@@ -26,7 +26,7 @@ from masm_jax import processes, runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import gallery, report, scoring, tables
+from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
 from masm_jax.files import as_path, replacing
 from masm_jax.inference import postprocess
@@ -155,6 +155,7 @@ def evaluate(workdir, output, roll):
                 lesions=lesions,
                 config=config_lib.to_dict(config),
                 kept=_kept(segmenter, records),
+                learnt=_learnt(segmenter),
             )
         with replacing(output / "seconds.json") as temporary:
             seconds = {"cases": took, "together": clock.seconds, "workers": _WORKERS.value}
@@ -260,6 +261,15 @@ def _kept(segmenter, records):
     settings = dataclasses.replace(segmenter.settings, regions=channels, flips=())
     keeper = segmenter.another(keep_step(segmenter.network), settings)
     return lambda case: dict(zip(names, keeper.probabilities(records.image(case))))
+
+
+def _learnt(segmenter):
+    """{level: (d, h, w, M) probabilities of the offsets} of the mosaics that were learnt."""
+    segmenter = getattr(segmenter, "segmenters", [segmenter])[0]  # of several runs the first
+    if not segmenter.network:
+        return {}
+    learnt = segmenter.network.learnt_mosaics(segmenter.params)
+    return {level: mosaics.shares(logits) for level, logits in learnt.items()}
 
 
 def _segmented(segmenter, records, cases, references, output, failed, wanted, views):

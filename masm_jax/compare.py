@@ -27,6 +27,7 @@ from masm_jax.files import replacing
 LOWER_IS_BETTER = ("hd95",)
 RESAMPLES = 10_000
 LEVEL = 0.95
+SEEDS, MEAN = "#56b4e9", "#d55e00"  # colours of Okabe and Ito (2008): apart for all eyes
 
 
 def read(run):
@@ -115,6 +116,69 @@ def _paired(pairs, metric, seed):
         "worse": int((gain < 0).sum()),
         "differences": difference.tolist(),
     }
+
+
+def crossed(differences, seed=0):
+    """Mean of differences that are paired by seed and case, with an interval over both.
+
+    Seeds and cases are drawn anew, each apart from the other, as often as there are: what is left
+    is what other cases of the kind and other trainings would change. With one seed it is the
+    interval over cases.
+
+    Args:
+        differences: (S, N) float, seeds and cases.
+        seed: of the bootstrap.
+
+    Returns:
+        {"difference", "low", "high": 95 % bootstrap percentiles, None for one number alone,
+        "seeds": S, "cases": N}.
+    """
+    differences = np.asarray(differences, np.float64)
+    seeds, cases = differences.shape
+    low = high = None
+    if differences.size > 1:
+        rng = np.random.default_rng(seed)
+        of_seeds, of_cases = (
+            rng.multinomial(count, [1 / count] * count, size=RESAMPLES) / count
+            for count in (seeds, cases)
+        )
+        means = ((of_seeds @ differences) * of_cases).sum(1)
+        tail = 100 * (1 - LEVEL) / 2
+        low, high = map(float, np.percentile(means, [tail, 100 - tail]))
+    found = {"difference": float(differences.mean()), "low": low, "high": high}
+    return found | {"seeds": seeds, "cases": cases}
+
+
+def forest(entries, *, title, against):
+    """A figure: the mean Dice of every seed, and how far each entry is from another.
+
+    Args:
+        entries: dicts with "name", "seeds" (mean Dice of each), "mean" (of these), "difference"
+            (with "difference", "low", "high"; None: nothing to compare).
+        title: above.
+        against: what the difference is, below it.
+
+    Returns:
+        ``matplotlib.figure.Figure``.
+    """
+    figure = Figure(figsize=(9, 1.6 + 0.5 * len(entries)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for place, entry in enumerate(entries):
+        left.plot(entry["seeds"], [place] * len(entry["seeds"]), "o", color=SEEDS)
+        left.plot([entry["mean"]], [place], "D", color=MEAN)
+        if row := entry["difference"]:
+            if row["low"] is not None:
+                right.plot([row["low"], row["high"]], [place] * 2, color=MEAN)
+            right.plot([row["difference"]], [place], "D", color=MEAN)
+    left.set_yticks(range(len(entries)), [entry["name"] for entry in entries])
+    left.invert_yaxis()
+    left.set_xlabel("mean Dice (dots: seeds; diamond: their mean)")
+    right.axvline(0, color="grey", linewidth=0.8)
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=6)
+    right.set_xlabel(against)
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 def plot(path, rows, names):

@@ -65,10 +65,22 @@ class Network:
         On a mesh of several devices it is a part of ``spatial.over``; ``options`` are those of
         ``MASM.__call__``.
         """
+        return self._module(params)(x.astype(self.dtype), **options)
+
+    def learnt_mosaics(self, params):
+        """{"level6": (d, h, w, M) logits of the offsets, ...} of the levels that learn their
+        mosaic: of one cell, as far as the grid of the tokens has its places."""
+        found = {}
+        for level, mixer in self._module(params).mixers.items():
+            if getattr(mixer, "learnt", None) is not None:
+                places = tuple(slice(size) for size in mixer.learnt.grid)
+                found[level] = mixer.learnt.logits[...][places]
+        return found
+
+    def _module(self, params):
         state = jax.tree.map(lambda leaf: leaf, self._skeleton)  # a copy, not shared between traces
         nnx.replace_by_pure_dict(state, params)
-        model = nnx.merge(self._graph, state)
-        return model(x.astype(self.dtype), **options)
+        return nnx.merge(self._graph, state)
 
 
 def init_state(network, params):

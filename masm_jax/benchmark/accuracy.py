@@ -28,7 +28,8 @@ import jax
 
 from masm_jax import runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
-from masm_jax.benchmark.study import OURS, REPOSITORY, Budget, Fold, Run, Stopped, Study
+from masm_jax.benchmark.study import OURS, Budget, Fold, Run, Study
+from masm_jax.commands import REPOSITORY, Stopped
 from masm_jax.data import records as records_lib
 from masm_jax.files import replacing
 

@@ -10,7 +10,6 @@ import statistics
 
 import jax
 import jax.numpy as jnp
-from matplotlib.figure import Figure
 
 from masm_jax import compare
 from masm_jax import config as config_lib
@@ -92,7 +91,7 @@ def _network(study, runs):
         leaked |= {case for summary in summaries for case in summary.get("trained_on", ())}
         minutes = [step / rate / 60 for step, rate in zip(steps, rates)]
         seeds[seed] = {
-            "dice": _means(evaluated[seed]),
+            "dice": means(evaluated[seed]),
             "steps": statistics.mean(steps),
             "steps_per_s": statistics.mean(rates),
             "minutes": statistics.mean(minutes),
@@ -121,7 +120,7 @@ def _differences(first, found):
         if name == first or not seeds:
             continue
         ours, theirs = (
-            _over_seeds([found[one]["tables"][seed] for seed in sorted(seeds)])
+            over_seeds([found[one]["tables"][seed] for seed in sorted(seeds)])
             for one in (first, name)
         )
         differences[name] = {
@@ -131,7 +130,7 @@ def _differences(first, found):
     return differences
 
 
-def _over_seeds(evaluations):
+def over_seeds(evaluations):
     """Dice of each case and region, and of their mean, averaged over seeds."""
     averaged = {}
     for key in evaluations[0]:
@@ -144,18 +143,18 @@ def _over_seeds(evaluations):
     return {key: {"dice": dice} for key, dice in averaged.items()}
 
 
-def _means(evaluation):
+def means(evaluation):
     """Mean Dice over the cases by region, then their mean."""
-    means = {}
+    found = {}
     for region in dict.fromkeys(region for _, region in evaluation):
         own = [values["dice"] for (_, of), values in evaluation.items() if of == region]
-        means[region] = statistics.mean(own)
-    return means | {MEAN: statistics.mean(means.values())}
+        found[region] = statistics.mean(own)
+    return found | {MEAN: statistics.mean(found.values())}
 
 
 def mean_dice(folder):
     """{region: mean Dice, "mean": over the regions} of an evaluated run."""
-    return _means(compare.read(folder))
+    return means(compare.read(folder))
 
 
 def words(dice):
@@ -197,9 +196,9 @@ def table(summary):
             values["framework"],
             f"{values['parameters'] / 1e6:.2f}",
             f"{values['gmac']:.1f}",
-            _number(values["steps_per_s"], 2),
+            number(values["steps_per_s"], 2),
             f"{values['steps']:.0f}",
-            _number(values["minutes"], 1),
+            number(values["minutes"], 1),
             *(f"{values['dice'][region]:.3f}" for region in regions),
             f"{values['dice'][MEAN]:.3f}",
             ", ".join(f"{dice:.3f}" for dice in seeds),
@@ -222,27 +221,18 @@ def table(summary):
 
 def figure(summary):
     """Mean Dice of every seed, and what the first network has ahead of the others."""
-    networks, differences = summary["networks"], summary["differences"]
-    drawn = Figure(figsize=(9, 1.6 + 0.5 * len(networks)), layout="constrained")
-    left, right = drawn.subplots(1, 2, sharey=True)
-    for place, (name, values) in enumerate(networks.items()):
-        seeds = [seed["dice"][MEAN] for seed in values["seeds"].values()]
-        left.plot(seeds, [place] * len(seeds), "o", color=plots.COLOURS[5])
-        left.plot([values["dice"][MEAN]], [place], "D", color=plots.COLOURS[1])
-        if name in differences:
-            row = _mean_row(differences[name])
-            if row["low"] is not None:
-                right.plot([row["low"], row["high"]], [place] * 2, color=plots.COLOURS[1])
-            right.plot([row["difference"]], [place], "D", color=plots.COLOURS[1])
-    left.set_yticks(range(len(networks)), list(networks))
-    left.invert_yaxis()
-    left.set_xlabel("mean Dice (dots: seeds; diamond: their mean)")
-    right.axvline(0, color="grey", linewidth=0.8)
-    for axes in (left, right):
-        axes.locator_params(axis="x", nbins=6)
-    right.set_xlabel(f"{summary['first']} minus it, 95 % over cases")
-    drawn.suptitle(f"{summary['budget']} each", fontsize=10)
-    return drawn
+    differences = summary["differences"]
+    entries = [
+        {
+            "name": name,
+            "seeds": [seed["dice"][MEAN] for seed in values["seeds"].values()],
+            "mean": values["dice"][MEAN],
+            "difference": _mean_row(differences[name]) if name in differences else None,
+        }
+        for name, values in summary["networks"].items()
+    ]
+    against = f"{summary['first']} minus it, 95 % over cases"
+    return compare.forest(entries, title=f"{summary['budget']} each", against=against)
 
 
 def machine():
@@ -265,9 +255,11 @@ def machine():
 
 
 def _difference(difference):
-    if difference is None:
-        return "-"
-    row = _mean_row(difference)
+    return "-" if difference is None else interval_words(_mean_row(difference))
+
+
+def interval_words(row):
+    """A difference with its interval, as text."""
     interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
     return f"{row['difference']:+.3f}{interval}"
 
@@ -277,7 +269,8 @@ def _mean_row(difference):
     return regions.get(MEAN) or next(iter(regions.values()))
 
 
-def _number(value, decimals):
+def number(value, decimals):
+    """As text; \"-\" for NaN."""
     return "-" if value != value else f"{value:.{decimals}f}"  # NaN: too short to be timed
 
 

@@ -16,8 +16,8 @@ import pathlib
 import sys
 from typing import NamedTuple
 
-from masm_jax import runtime
-from masm_jax.benchmark import counting, growth_report, jax_side, peers, program
+from masm_jax import config_file, runtime
+from masm_jax.benchmark import counting, growth_report, jax_side, peers
 from masm_jax.benchmark.compare import MODES, Worker, cores, measure_all, some
 from masm_jax.benchmark.store import Item, Store
 from masm_jax.data.conventions import MODALITIES
@@ -118,7 +118,7 @@ def points(chosen, size, config):
     Returns:
       {axis: [Point]}, from small to large.
     """
-    model = program.load_config(config, []).model
+    model = config_file.load_config(config, []).model
     model.size = size
     edges = [edge for edge in EDGES if edge % divisor(model) == 0]
     usual = Point(next(edge for edge in edges if edge >= USUAL_EDGE))
@@ -139,7 +139,7 @@ def network(point, size, config):
       size: of the network.
       config: path; its depths are those of depth 1.
     """
-    model = program.load_config(config, []).model
+    model = config_file.load_config(config, []).model
     more = [f"modality{number}" for number in range(len(MODALITIES) + 1, point.modalities + 1)]
     names = (*MODALITIES, *more)[: point.modalities]
     changes = {

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from masm_jax import config as config_lib
-from masm_jax import plan, sharding, steps
+from masm_jax import config_file, plan, sharding, steps
 from masm_jax.benchmark import counting, program
 from masm_jax.data.conventions import REGIONS
 from masm_jax.state import Network, abstract_state, init_state, num_parameters
@@ -29,7 +29,7 @@ def network(ours, *, patch, batch, dtype, config):
     Raises:
       ValueError: no such config, or the network cannot have such patches.
     """
-    settings = program.load_config(config, [])
+    settings = config_file.load_config(config, [])
     fixed = {"augment": "none", "model.remat": "none", "accumulate": 1}
     chosen = {"patch": patch, "batch_size": batch, "model.dtype": dtype}
     settings.update_from_flattened_dict(fixed | chosen | ours.changes)

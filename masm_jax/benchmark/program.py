@@ -3,13 +3,9 @@
 Importing this imports JAX; ``masm_jax.benchmark.tpu.describe`` must have run before.
 """
 
-import ast
 import datetime
 import importlib.metadata
-import importlib.util
-import pathlib
 import platform
-import re
 import time
 
 import jax
@@ -23,35 +19,6 @@ from masm_jax import config as config_lib
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.models import conv
 from masm_jax.state import Network, abstract_state, num_parameters
-
-
-def load_config(path, given):
-    """Config of a file, with ``given`` = ["model.size=full", ...] over it.
-
-    Raises:
-      ValueError: no such file or key, or a value of another type.
-    """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config={path}: no such file; expected such as configs/masm_brats.py")
-    spec = importlib.util.spec_from_file_location("benchmark_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config().lock()
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"--set {text}: expected KEY=VALUE, such as model.size=full")
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass  # a word
-        try:
-            config.update_from_flattened_dict({key: value})
-        except (KeyError, TypeError, AttributeError) as error:
-            said = re.sub(r"[\\'\"]*\\n|[\\'\"]+", " ", str(error))
-            raise ValueError(f"--set {text}: {' '.join(said.split())}") from error
-    return config
 
 
 def devices(where):

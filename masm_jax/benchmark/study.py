@@ -12,15 +12,11 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
 
-import masm_jax
-from masm_jax import runtime
+from masm_jax import commands
+from masm_jax.commands import REPOSITORY
 
-REPOSITORY = pathlib.Path(masm_jax.__file__).resolve().parents[1]
 LEVELS = 6
 OURS = {  # networks of ours: what they change of the config
     "masm": (),
@@ -92,10 +88,6 @@ class Run:
         return " ".join(filter(None, [self.network, f"seed {self.seed}", self.fold.folder]))
 
 
-class Stopped(Exception):
-    """A signal has come; what ran has saved."""
-
-
 class Study:
     """All runs of a command.
 
@@ -156,7 +148,7 @@ class Study:
 
         Raises:
             RuntimeError: with the last line that the failed process has written.
-            Stopped: a signal has come.
+            commands.Stopped: a signal has come.
         """
         folder = self.folder(run)
         self._train(run.network, folder, run.seed, run.fold, steps, [], stop)
@@ -211,53 +203,11 @@ def training_rate(folder):
 
 
 def _process(words, folder, stop):
-    """Run ``python WORDS`` to its end, its words going to FOLDER/log.txt.
-
-    Raises:
-        RuntimeError: it failed.
-        Stopped: a signal came, and was passed on.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    # One device for all: the PyTorch networks are trained on the CPU.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"}
+    """``commands.python`` on the CPU: there the PyTorch networks are trained, so all are."""
+    environment = {"JAX_PLATFORMS": "cpu"}
     # PyTorch's threads would spin while they wait, on the cores that augmentation needs.
-    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with open(folder / "log.txt", "a") as log:
-        log.write(f"$ python {' '.join(words)}\n")
-        log.flush()
-        child = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=REPOSITORY,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes to this process, which passes it on once
-        )
-        code = _ended(child, stop)
-    if stop.name or code == runtime.EXIT_STOPPED:
-        raise Stopped
-    if code:
-        said = (folder / "log.txt").read_text().strip().splitlines()[-1]
-        name = words[1] if words[0] == "-m" else words[0]
-        raise RuntimeError(f"{name} ended with code {code}: {said} ({folder / 'log.txt'})")
-
-
-def _ended(child, stop):
-    """The exit code of a process, which is asked to stop when this one is."""
-    asked = False
-    try:
-        while True:
-            try:
-                return child.wait(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                if stop.name and not asked:
-                    child.terminate()
-                    asked = True
-    finally:
-        if child.poll() is None:  # a second signal
-            child.kill()
-            child.wait()
+    environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    commands.python(words, folder, stop, cwd=REPOSITORY, environment=environment)
 
 
 def _json(path):

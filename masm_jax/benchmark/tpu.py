@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 
+from masm_jax import config_file
 from masm_jax.benchmark import chips, hlo, report, traffic
 from masm_jax.files import replacing
 
@@ -123,9 +124,7 @@ def settings(args, where):
     Raises:
       ValueError: a flag is wrong.
     """
-    from masm_jax.benchmark import program
-
-    config = program.load_config(args.config, args.set)
+    config = config_file.load_config(args.config, args.set)
     if args.patch:
         edges = [int(edge) if edge.isdigit() else 0 for edge in args.patch.split(",")]
         if len(edges) not in (1, 3) or 0 in edges:

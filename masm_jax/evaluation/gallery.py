@@ -16,7 +16,7 @@ import numpy as np
 import masm_jax
 from masm_jax.data import nifti
 from masm_jax.data.records import Records
-from masm_jax.evaluation import pictures, report
+from masm_jax.evaluation import mosaics, pictures, report
 
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "scipy", "nibabel")
 _VIEWS = ".views"
@@ -37,6 +37,7 @@ def write(
     lesions: Sequence[Mapping[str, Any]],
     config: Mapping[str, Any],
     kept: Callable[[str], Mapping[tuple[str, str], np.ndarray]] | None,
+    learnt: Mapping[str, np.ndarray],
 ) -> None:
     """Draw the figures, write report.html, and remove the files of the views.
 
@@ -49,6 +50,7 @@ def write(
         lesions: of lesions.csv.
         config: of the run.
         kept: case -> (level, modality) -> (D, H, W) share kept; None without such mixers.
+        learnt: level -> (d, h, w, M) probabilities of the offsets, of the mosaics that were learnt.
     """
     figures = output / "figures"
     shown, pruned = report.distributions(figures, rows), []
@@ -64,6 +66,14 @@ def write(
                 "slices, seen from above. Outlined: the reference in the slice shown."
             )
             shown.append(_picture("pruning", f"{which}: {case}", caption, path, path))
+    for level, share in learnt.items():
+        path, title = figures / f"mosaic_{level}.png", f"The mosaic that {level} has learnt"
+        mosaics.draw(path, share, title=title, modalities=records.modalities)
+        caption = (
+            "One cell, which is repeated over the tokens. A row per modality: whose patch comes to "
+            "each of its places before attention, and how sure the training was of it."
+        )
+        shown.append(_picture("mosaic", title, caption, path, path))
     if (workdir / "metrics.jsonl").is_file():
         path = figures / "curves.png"
         pictures.curves(path, workdir / "metrics.jsonl")

@@ -35,10 +35,11 @@ PLANES = {
     "coronal": (1, (0, 2), "RLSI"),
     "sagittal": (0, (1, 2), "APSI"),
 }
+KEEP = "keep ratios"
 CURVES = {  # panel -> beginnings of the names drawn in it
     "training loss": ("train/loss", "train/dice_loss", "train/ratio_loss"),
     "validation Dice": ("val/dice", "volume/dice"),
-    "keep ratios": ("train/keep", "val/keep"),
+    KEEP: ("train/keep", "val/keep"),
     "learning rate": ("train/learning_rate",),
 }
 
@@ -116,25 +117,9 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
     """
     series = _read_series(as_path(metrics_jsonl))
     figure = Figure(figsize=(12, 8), layout="constrained")
-    for axes, (title, prefixes) in zip(figure.subplots(2, 2).flat, CURVES.items()):
-        axes.set(title=title, xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes.grid(alpha=0.3)
-        names = [name for name in series if name.startswith(prefixes)]
-        for name in names:
-            steps = sorted(series[name])
-            values = [series[name][step] for step in steps]
-            line = "--" if name.startswith(("volume/", "val/keep")) else "-"
-            dots = "." if len(steps) < 50 else ""
-            axes.plot(steps, values, dots + line, label=name, linewidth=1.3)
-        if not names:
-            axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
-            continue
-        if title == "keep ratios":
-            axes.axhspan(0.05, 0.95, color="tab:green", alpha=0.07, label="healthy: 0.05 to 0.95")
-        if title in ("keep ratios", "validation Dice"):
-            axes.set_ylim(-0.02, 1.02)
-        axes.legend(fontsize=8, ncols=1 + len(names) // 8)
+    for axes, title in zip(figure.subplots(2, 2).flat, CURVES):
+        _panel(axes, title, series)
+        axes.set_title(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
     drawn = tuple(prefix for prefixes in CURVES.values() for prefix in prefixes)
@@ -145,6 +130,63 @@ def curves(path: Path, metrics_jsonl: Path) -> None:
             for step, value in sorted(series[name].items())
         ]  # fmt: skip
         temporary.write_text("name,step,value\n" + "".join(lines), encoding="utf-8")
+
+
+def keep_ratios(path: Path, runs: Mapping[str, Sequence[Path]]) -> bool:
+    """Draw what share of the tokens each level keeps, step by step: a panel for each entry.
+
+    Args:
+        path: the PNG; replaced if there, and removed where there is nothing to draw.
+        runs: name -> metrics.jsonl of its runs, such as its seeds, which are averaged.
+
+    Returns:
+        Whether any of them keeps and prunes at all.
+    """
+    entries = {}
+    for name, files in runs.items():
+        series = _averaged([_read_series(as_path(file)) for file in files])
+        if any(key.startswith(CURVES[KEEP]) for key in series):
+            entries[name] = series
+    if not entries:
+        as_path(path).unlink(missing_ok=True)
+        return False
+    across = min(3, len(entries))
+    down = -(-len(entries) // across)
+    figure = Figure(figsize=(5.5 * across, 3.6 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for axes, (name, series) in zip(panels.flat, entries.items()):
+        _panel(axes, KEEP, series)
+        axes.set_title(name, fontsize=10)
+    for axes in panels.flat[len(entries) :]:
+        axes.set_axis_off()
+    figure.suptitle("share of the tokens kept (train: drawn with noise; val: without)", fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+    return True
+
+
+def _panel(axes: Any, title: str, series: Mapping[str, Mapping[int, float]]) -> None:
+    """The curves of CURVES[title] against the step."""
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(alpha=0.3)
+    names = [name for name in series if name.startswith(CURVES[title])]
+    colours = {}  # of a level one, with noise and without
+    for name in names:
+        colour = colours.setdefault(name.rpartition("keep/")[2], f"C{len(colours) % 10}")
+        steps = sorted(series[name])
+        values = [series[name][step] for step in steps]
+        line = "--" if name.startswith(("volume/", "val/keep")) else "-"
+        dots = "." if len(steps) < 50 else ""
+        axes.plot(steps, values, dots + line, label=name, linewidth=1.3, color=colour)
+    if not names:
+        axes.text(0.5, 0.5, "nothing logged", ha="center", transform=axes.transAxes)
+        return
+    if title == KEEP:
+        axes.axhspan(0.05, 0.95, color="tab:green", alpha=0.07, label="healthy: 0.05 to 0.95")
+    if title in (KEEP, "validation Dice"):
+        axes.set_ylim(-0.02, 1.02)
+    axes.legend(fontsize=8, ncols=1 + len(names) // 8)
 
 
 def pruning(
@@ -284,3 +326,15 @@ def _read_series(path: pathlib.Path) -> dict[str, dict[int, float]]:
     if not series:
         raise ValueError(f"{path} holds no metrics; wait for the first log line of the run")
     return series
+
+
+def _averaged(runs: Sequence[Mapping[str, Mapping[int, float]]]) -> dict[str, dict[int, float]]:
+    """The mean of several series, at the steps that all of them have."""
+    averaged = {}
+    for name in runs[0]:
+        steps = set.intersection(*(set(run.get(name, ())) for run in runs))
+        if steps:
+            averaged[name] = {
+                step: sum(run[name][step] for run in runs) / len(runs) for step in sorted(steps)
+            }
+    return averaged

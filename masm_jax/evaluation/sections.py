@@ -18,6 +18,7 @@ PICTURES = {  # section of a picture -> its place in the page, in order; "cases"
     "distributions": "distributions",
     "cases": "case-pictures",
     "pruning": "pruning",
+    "mosaic": "mosaic",
     "training": "training",
 }
 HEADINGS = {
@@ -27,6 +28,7 @@ HEADINGS = {
     "distributions": "Distributions",
     "case-pictures": "Best, median and worst case",
     "pruning": "What the mixers pruned",
+    "mosaic": "What was learnt to borrow",
     "training": "Training",
     "run": "Run",
 }

@@ -70,6 +70,11 @@ class Segmenter:
         self.params = jax.device_put(params, sharding.replicated(mesh))
         self._step = jax.jit(step)
 
+    @property
+    def params(self):
+        """The weights, on every device of the mesh."""
+        return self._params
+
     def update(self, params):
         """Take other weights; nothing is compiled again."""
         self.params = jax.device_put(params, sharding.replicated(self._mesh))
