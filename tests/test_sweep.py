@@ -277,6 +277,18 @@ def test_the_interval_is_that_of_all_draws():
     assert (row["difference"], row["low"], row["high"]) == (0.2, None, None)
 
 
+def test_the_interval_knows_of_the_seeds():
+    """No difference, equal spreads: over cases alone the interval misses 0 far more often."""
+    draw = np.random.default_rng(0)
+    misses = np.zeros(2)
+    for _ in range(120):
+        spread = draw.normal(size=(3, 1)) + draw.normal(size=(1, 8)) + draw.normal(size=(3, 8))
+        for place, differences in enumerate((spread, spread.mean(0, keepdims=True))):
+            row = compare.crossed(differences)
+            misses[place] += not row["low"] <= 0 <= row["high"]
+    assert misses[0] < 0.2 * 120 < misses[1]
+
+
 def test_what_the_masks_would_save(make_config):
     """Of level 3 at half of the tokens: projections, MLP, and two products of N x N."""
     config = make_config(patch=32)
