@@ -93,7 +93,8 @@ def _run(args):
         return runtime.EXIT_STOPPED
     _report(sweep)
     for run, holder in held.items():
-        print(f"{run}: left to {holder}")
+        if not sweep.done(run):
+            print(f"{run}: still left to {holder}")
     if failed:
         names = ", ".join(map(str, failed))
         print(f"sweep: {len(failed)} failed, said above: {names}", file=sys.stderr)
