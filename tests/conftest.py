@@ -16,7 +16,10 @@ jax.config.update("jax_disable_most_optimizations", True)
 import pytest  # noqa: E402
 
 # Files of minutes: first, so that at the end no worker is left with one of them alone.
-LONG = ("test_runs.py", "test_train.py", "test_mesh.py", "test_real_scans.py", "test_accuracy.py")
+LONG = (
+    "test_runs.py", "test_train.py", "test_mesh.py", "test_real_scans.py", "test_accuracy.py",
+    "test_steps.py",
+)  # fmt: skip
 CASES = [f"Phantom_{index:05d}" for index in range(4)]
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 # A third of the time that a training step takes to compile. The names are those of one XLA.

@@ -67,7 +67,7 @@ class Segmenter:
 
     def __init__(self, step, params, mesh, settings, network=None):
         self.settings, self.network, self._mesh = settings, network, mesh
-        self.params = jax.device_put(params, sharding.replicated(mesh))
+        self._params = jax.device_put(params, sharding.replicated(mesh))
         self._step = jax.jit(step)
 
     @property
@@ -77,11 +77,11 @@ class Segmenter:
 
     def update(self, params):
         """Take other weights; nothing is compiled again."""
-        self.params = jax.device_put(params, sharding.replicated(self._mesh))
+        self._params = jax.device_put(params, sharding.replicated(self._mesh))
 
     def another(self, step, settings):
         """A Segmenter of another step with the same weights on the same devices."""
-        return Segmenter(step, self.params, self._mesh, settings, self.network)
+        return Segmenter(step, self._params, self._mesh, settings, self.network)
 
     def probabilities(self, image, progress=None, present=None):
         """Region probabilities of one prepared image.
