@@ -1,13 +1,17 @@
 """Files and folders that are there whole or not at all, on this machine or in a bucket."""
 
 import contextlib
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
+
+LONGEST_NAME = 200  # bytes; file systems take 255, and endings are put after it
 
 
 def as_path(place: str | os.PathLike) -> pathlib.Path:
@@ -23,6 +27,52 @@ def as_path(place: str | os.PathLike) -> pathlib.Path:
     if scheme not in ("gs", "s3", "az"):
         raise ValueError(f"{text}: no such scheme; expected a folder, or gs://, s3:// or az://")
     return epath.Path(text)
+
+
+def name_fault(name: str) -> str:
+    """What is wrong with the name of a case or region, of which files are named; "" if nothing is.
+
+    Names come from the files of a data set, from descriptions and from records, which may be
+    anybody's: one must not lead out of the folder it is used in, nor say something else on a
+    terminal than it is.
+    """
+    if not isinstance(name, str):
+        return f"name {name!r}, expected text"
+    if not name or name.startswith(".") or set(name) & set("/\\"):
+        return f"name {name!r}, expected one for a file: no / or \\, no point at its start"
+    if not name.isprintable():
+        return f"name {name!a}, expected characters that can be printed, in UTF-8"
+    size = len(name.encode())
+    return f"name of {size} bytes, expected at most {LONGEST_NAME}" if size > LONGEST_NAME else ""
+
+
+def printable(text: str) -> str:
+    """The text with control characters, and what is no UTF-8, as escapes: it may be anybody's."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def read_json(path: str | os.PathLike, fix: str, kind: type = dict) -> Any:
+    """The content of a JSON file that a command of this project has written.
+
+    Args:
+        path: The file.
+        fix: What to do where it is damaged, for the message.
+        kind: What it should hold.
+
+    Raises:
+        ValueError: It is not there or damaged; the message names it.
+    """
+    path = as_path(path)
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is missing; {fix}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}), expected JSON; {fix}") from error
+    if not isinstance(content, kind):
+        found = type(content).__name__
+        raise ValueError(f"{path} holds a {found}, expected a {kind.__name__}; {fix}")
+    return content
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -26,6 +26,7 @@ from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
+from masm_jax.files import name_fault, printable
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
 from masm_jax.inference.volume import check_task, decoding, in_scan, load_run
@@ -49,15 +50,15 @@ def main(argv=None):
         parser.error("--case names the one patient of --t1 ... --flair; leave it out with --input")
     if args.input is None and args.description:
         parser.error("--description goes with --input; files by modality are those of BraTS")
-    if args.case and pathlib.Path(args.case).name != args.case:
-        parser.error(f"--case={args.case}: expected a name for files, without folders")
+    if args.case and (fault := name_fault(args.case)):
+        parser.error(f"--case: {fault}")
     if args.from_export and (args.set or args.checkpoint):
         parser.error("--set and --checkpoint go with --workdir: give them to masm_jax.export")
     runtime.start()
     try:
         return _predict(args)
     except (ValueError, OSError) as error:
-        print(f"predict: {error}", file=sys.stderr)
+        print(f"predict: {printable(str(error))}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
 
@@ -123,10 +124,10 @@ def _predict(args):
             "  ".join(f"{name} {value:.1f} ml" for name, value in volumes.items()),
             time.perf_counter() - began,
         )
-    print(f"{len({case.id for case in cases} - failed.keys())} cases in {args.output}")
+    print(f"{len({case.id for case in cases} - failed.keys())} cases in {printable(args.output)}")
     for name, reason in failed.items():
         named = reason if reason.startswith(name) else f"{name}: {reason}"
-        print(f"failed: {named}", file=sys.stderr)
+        print(f"failed: {printable(named)}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
@@ -150,6 +151,8 @@ def _cases(args, partial):
     if len(set(map(os.path.realpath, given.values()))) < len(given):
         raise ValueError("one file is given for two modalities; each modality needs its own")
     name = args.case or re.sub(r"\.nii(\.gz)?$", "", next(iter(given.values())).name)
+    if fault := name_fault(name):
+        raise ValueError(f"{next(iter(given.values()))}: {fault}; name the patient with --case")
     scheme = args.labels or "brats2023"
     if not args.labels:
         _log.info("labels as in BraTS 2023: 1 = core, 2 = oedema, 3 = enhancing; --labels chooses")

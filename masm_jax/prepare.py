@@ -20,6 +20,7 @@ from typing import NoReturn
 import tqdm
 
 from masm_jax.data import build, cases, conventions
+from masm_jax.files import printable
 
 
 class _Parser(argparse.ArgumentParser):
@@ -150,7 +151,7 @@ def _summary(built: build.Built, flags: argparse.Namespace, seconds: float) -> N
         {tuple(round(s, 2) for s in meta["record_spacing"]) for meta in built.metas.values()}
     )
     number = f"{len(built.cases)} {'record' if len(built.cases) == 1 else 'records'}"
-    print(f"{number} in {flags.output}{kept}; {seconds:.0f} s")
+    print(f"{number} in {printable(flags.output)}{kept}; {seconds:.0f} s")
     if flags.spacing is None and len(spacings) > 1:
         print(f"voxel sizes differ: {spacings[:3]} mm; --spacing=1 would make them equal")
     volumes = [meta["volumes_ml"] for meta in built.metas.values() if meta["volumes_ml"]]
@@ -174,7 +175,7 @@ def _report(problems: list[cases.Problem], code: int) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"prepare: {message}", file=sys.stderr)
+    print(f"prepare: {printable(message)}", file=sys.stderr)
     return 1
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import shutil
 import traceback
 from collections.abc import Callable
@@ -58,7 +57,15 @@ def build(
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     _check_one_task(cases)
-    wanted = {case.id: _source(case, spacing) for case in cases}
+    wanted, gone = {}, []
+    for case in cases:
+        try:
+            wanted[case.id] = _source(case, spacing)
+        except OSError as error:  # a link to nothing or in a circle; gone since it was found
+            value, fix = f"{error.strerror}", "get the file again, or remove the link"
+            gone.append(Problem(case.id, str(error.filename), value, "a file", fix))
+    cases = [case for case in cases if case.id in wanted]
+    problems = (*problems, *gone)
     kept = {}
     if overwrite:
         _clear(root)
@@ -145,7 +152,6 @@ def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str
     kept = {}
     for path in sorted(root.glob("*/meta.json")):
         case = path.parent.name
-        meta = json.loads(path.read_text())
         if case in failed and case not in wanted:  # whole once, incomplete now
             shutil.rmtree(path.parent)
             continue
@@ -155,6 +161,9 @@ def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str
                 "of one input; give another --output, put both sets below one --input, or start "
                 "afresh with --overwrite (removes every record there)"
             )
+        meta = _meta(root, case)
+        if meta is None:  # damaged: made again
+            continue
         old, new = meta["source"]["settings"], wanted[case]["settings"]
         for key in new:
             if old.get(key) != new[key]:
@@ -166,6 +175,18 @@ def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str
         if meta["source"]["files"] == wanted[case]["files"]:
             kept[case] = meta
     return kept
+
+
+def _meta(root: Path, case: str) -> dict[str, Any] | None:
+    """The meta of a record that is whole, so far as that can be seen without reading all of it."""
+    try:
+        meta = records.check_record(root, case)
+    except (ValueError, OSError):
+        return None
+    source = meta.get("source")
+    dicts = isinstance(source, dict) and [source.get("settings"), source.get("files")]
+    whole = dicts and all(isinstance(d, dict) for d in (*dicts, meta.get("hashes")))
+    return meta if whole else None
 
 
 def _clear(root: Path) -> None:
@@ -211,6 +232,12 @@ def _work(
     except OSError as error:
         fix = "free some space or correct the rights, then run again"
         return {}, [Problem(case.id, str(root), f"cannot write ({error})", "a writable disk", fix)]
+    except ValueError as error:  # of a file that changes meanwhile
+        where, fix = str(case.images[0].parent), "run again when the files are at rest"
+        return {}, [Problem(case.id, where, str(error), "files that can be read", fix)]
+    except MemoryError:
+        where, fix = str(case.images[0].parent), "give fewer --workers, or a larger --spacing"
+        return {}, [Problem(case.id, where, "out of memory", "room for the case", fix)]
     except Exception:  # a defect: shown with its traceback, and the other cases go on
         trace = traceback.format_exc().strip()
         where = str(case.images[0].parent)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from masm_jax.data import conventions, recognition
 from masm_jax.data.conventions import Convention
+from masm_jax.data.description import load_description
+from masm_jax.files import name_fault, printable
 
-_NIFTI = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
+_NIFTI = re.compile(r"\.nii(\.gz)?\Z", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.case}: {self.file}: {self.value}; expected {self.expectation}; {self.fix}"
-        return " | ".join(text.splitlines())
+        return printable(" | ".join(text.splitlines()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _by_convention(
     """Splits the files among the conventions that may hold for them."""
     if description is not None:
         if not isinstance(description, Convention):
-            description = conventions.load_description(description)
+            description = load_description(description)
         yield description, files
         return
     left = set(files)
@@ -195,7 +197,7 @@ def _regex(pattern: str) -> str:
             first = False
         else:
             text += "[^/]*" if part == "*" else re.escape(part)
-    return rf"^(?P<root>(?:.*/)?){text}\.nii(\.gz)?$"
+    return rf"^(?P<root>(?:.*/)?){text}\.nii(\.gz)?\Z"
 
 
 def _expected(patterns: tuple[str, ...], case: str) -> str:
@@ -222,7 +224,8 @@ def _assemble(
         if convention.channels and set(group) == {None}:
             continue  # labelsTr given alone
         held = tuple(m for m in wanted if m in group) if partial else ()
-        wrong = _incomplete(convention, Path(folder), case, group, held or wanted)
+        wrong = _misnamed(case, group)
+        wrong = wrong or _incomplete(convention, Path(folder), case, group, held or wanted)
         problems += wrong
         if wrong:
             continue
@@ -235,6 +238,17 @@ def _assemble(
         seg = group.get(None, [None])[0]
         cases.append(Case(case, images, seg, known, channels))
     return cases, problems
+
+
+def _misnamed(case: str, group: dict[str | None, list[Path]]) -> list[Problem]:
+    """A case whose name would be no folder of records: files of records have its name."""
+    fault = name_fault(case)
+    if case == "dataset.json":
+        fault = f"name {case}, that of the index of records"
+    if not fault:
+        return []
+    where = str(next(iter(group.values()))[0])
+    return [Problem(case, where, fault, "a name for its record", "rename the files of this case")]
 
 
 def _incomplete(

@@ -1,10 +1,9 @@
-"""File names and label values of the data sets: the built-in conventions and described ones."""
+"""File names and label values of the data sets: the built-in conventions."""
 
 import dataclasses
 import difflib
 import json
 import re
-import runpy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -225,156 +224,6 @@ def _msd_meaning(name: str) -> int | None:
     if "non" in name or "necro" in name:
         return 1
     return 3 if "enhanc" in name else None
-
-
-def load_description(path: Path | str) -> Convention:
-    """Loads a description of any data set.
-
-    A JSON file holds one object, a Python file assigns the same as a dict to ``description``. Keys:
-    ``files`` (modality -> pattern or list of patterns) and ``regions`` (region -> label values,
-    outer to inner) are needed; ``name``, ``modalities`` (the order, default that of ``files``),
-    ``segmentation`` (pattern), ``labels`` (file value -> internal value, default the same),
-    ``paint`` (region -> file value), ``channels`` (modality -> index in a 4-D file), ``pairs``,
-    ``window`` and ``brain`` (as in ``Convention``) are optional.
-
-    Args:
-        path: The description file.
-
-    Returns:
-        The convention.
-
-    Raises:
-        ValueError: The file cannot be read or something in it is missing or contradictory.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".py":
-            content = runpy.run_path(str(path))["description"]
-        else:
-            content = json.loads(path.read_text())
-    except KeyError as error:
-        raise ValueError(f"{path}: no variable 'description'; assign the dict to it") from error
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error}); expected a JSON file or a Python file that sets "
-            "'description'"
-        ) from error
-    try:
-        return _from_description(content, path.stem)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {error}; see docs/data.md for an example") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _from_description(content: dict, stem: str) -> Convention:
-    known = ("name", "modalities", "files", "channels", "segmentation", "labels", "regions")
-    known += ("paint", "pairs", "window", "brain")
-    for key in content:
-        if key not in known:
-            raise ValueError(f"unknown key '{key}'; expected {', '.join(known)}{hint(key, known)}")
-    for key in ("files", "regions"):
-        if not content.get(key):
-            raise ValueError(f"'{key}' is missing; see docs/data.md for an example")
-    files = {m: _patterns(p) for m, p in content["files"].items()}
-    modalities = tuple(content.get("modalities", files))
-    if sorted(modalities) != sorted(files):
-        raise ValueError(f"modalities {modalities} and files {tuple(files)} differ; name each once")
-    channels = {m: int(c) for m, c in content.get("channels", {}).items()}
-    if channels and (set(channels) != set(files) or len(set(files.values())) > 1):
-        raise ValueError(
-            f"channels {channels}, files {files}; expected a channel for each of {modalities} "
-            "and the same pattern for all; leave channels out for 3-D files"
-        )
-    values = {name: _numbers(inside) for name, inside in content["regions"].items()}
-    everything = sorted({v for inside in values.values() for v in inside})
-    labels = {int(k): int(v) for k, v in content.get("labels", {}).items()}
-    labels = labels or {v: v for v in everything}
-    _check_labels(labels, values)
-    return Convention(
-        name=str(content.get("name", stem)),
-        modalities=modalities,
-        files=files,
-        segmentation=_patterns(content.get("segmentation", ())),
-        labels=labels,
-        regions=values,
-        paint=_paint(content.get("paint", {}), labels, values),
-        channels=channels,
-        pairs=_pairs(content.get("pairs", ()), modalities),
-        window=_window(content.get("window", {}), modalities),
-        brain=bool(content.get("brain", True)),
-    )
-
-
-def _pairs(given: list, modalities: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    pairs = tuple(tuple(pair) for pair in given)
-    for pair in pairs:
-        if len(set(pair)) != 2 or not set(pair) <= set(modalities):
-            raise ValueError(f"pair {list(pair)}: expected two of {', '.join(modalities)}")
-    return pairs
-
-
-def _window(given: dict, modalities: tuple[str, ...]) -> dict[str, tuple[float, float]]:
-    for name, ends in given.items():
-        if name not in modalities:
-            raise ValueError(
-                f"window names '{name}'; expected some of {modalities}{hint(name, modalities)}"
-            )
-        if len(ends) != 2 or not ends[0] < ends[1]:
-            raise ValueError(f"window {name} = {ends}: expected [low, high], such as [-175, 250]")
-    return {name: (float(low), float(high)) for name, (low, high) in given.items()}
-
-
-def _patterns(value: str | list[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _numbers(value: int | list[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(int(v) for v in value)
-
-
-def _check_labels(labels: dict[int, int], regions: dict[str, tuple[int, ...]]) -> None:
-    for value in (*labels, *labels.values()):
-        if not 1 <= value <= 255:
-            raise ValueError(f"label value {value}: expected 1 to 255; 0 is background, not listed")
-    for index, (name, inside) in enumerate(regions.items()):
-        if not inside or not set(inside) <= set(labels.values()):
-            raise ValueError(
-                f"region {name} = {list(inside)} is not inside labels = "
-                f"{sorted(set(labels.values()))}; regions name internal values"
-            )
-        for outer, values in list(regions.items())[:index]:
-            if set(inside) & set(values) and not set(inside) < set(values):
-                raise ValueError(
-                    f"region {name} = {list(inside)} and region {outer} = {list(values)} overlap; "
-                    "expected each inside an earlier one or apart from it, from outer to inner"
-                )
-
-
-def _paint(
-    given: dict, labels: dict[int, int], regions: dict[str, tuple[int, ...]]
-) -> dict[str, int]:
-    """The file value of each region: given, or the only one that is in no later region."""
-    names = list(regions)
-    for name in given:
-        if name not in regions:
-            raise ValueError(f"paint names region '{name}'; expected {names}{hint(name, names)}")
-    paint = {}
-    for index, name in enumerate(names):
-        inner = {value for later in names[index + 1 :] for value in regions[later]}
-        own = [v for v, i in labels.items() if i in regions[name] and i not in inner]
-        if name not in given and len(own) != 1:
-            raise ValueError(
-                f"region {name}: label values {own} belong to it and to no inner region; say in "
-                f"'paint' which one a prediction gets, such as {{\"{name}\": {(own or [1])[0]}}}"
-            )
-        paint[name] = int(given.get(name, own[0] if own else 0))
-        if paint[name] not in own:
-            raise ValueError(
-                f"paint {name} = {paint[name]}; expected one of {own}: in {name}, in no inner "
-                "region"
-            )
-    return paint
 
 
 def hint(word: str, known: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Reads the files of a case and checks that they belong together and hold what they should."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ OUTSIDE_TOLERANCE = 0.01
 # Two affines agree where no corner of the grid moves by more than this share of a voxel: rounding
 # of quaternions near a half turn alone moves a corner by several hundredths.
 AFFINE_TOLERANCE = 0.1
+# Of a field of view: a whole body has half a cubic metre. What is resampled has no more voxels.
+EXTENT_MM, EXTENT_LITRES = 3000.0, 1000.0
+FAR_MM = 1e5  # of the first voxel from the scanner's centre
 
 
 class CaseError(ValueError):
@@ -81,7 +85,7 @@ def read_segmentation(case: Case, shape: tuple, affine: np.ndarray) -> np.ndarra
         return None
     path = case.segmentation
     problems: list[Problem] = []
-    read = _read(case, path, problems)
+    read = _read(case, path, problems, voxels=math.prod(shape))
     if read is None:
         raise CaseError(problems)
     array, own_affine = read
@@ -189,11 +193,14 @@ def by(shape: tuple) -> str:
     return "x".join(map(str, shape))
 
 
-def _read(case: Case, path: Path, problems: list[Problem]) -> tuple[np.ndarray, np.ndarray] | None:
-    """Array and affine of a file; None and a problem where it cannot be read."""
+def _read(
+    case: Case, path: Path, problems: list[Problem], voxels: int = 0
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Array and affine of a file of so many voxels; None and a problem where it cannot be read."""
     try:
-        array, affine, _ = nifti.read(path)
+        array, affine, _ = nifti.read(path, voxels=voxels)
         nifti.orientation(affine)
+        _check_extent(path, array.shape[:3], affine)
         return array, affine
     except ValueError as error:
         text = str(error).removeprefix(f"{path}: ")
@@ -201,3 +208,18 @@ def _read(case: Case, path: Path, problems: list[Problem]) -> tuple[np.ndarray, 
         wanted = "a whole NIfTI file with a valid affine"
         problems.append(Problem(case.id, str(path), value, wanted, fix or "get the file again"))
         return None
+
+
+def _check_extent(path: Path, shape: tuple, affine: np.ndarray) -> None:
+    """Refuses a volume that no scanner makes, such as one whose affine is in micrometres."""
+    edges = [n * s for n, s in zip(shape, np.sqrt((affine[:3, :3] ** 2).sum(0)))]
+    if max(edges) > EXTENT_MM or math.prod(edges) > EXTENT_LITRES * 1e6:
+        raise ValueError(
+            f"{path}: {nifti.by_mm(edges)} mm, expected at most {EXTENT_MM:g} mm along an axis "
+            f"and {EXTENT_LITRES:g} litres in all; set an affine in mm"
+        )
+    if np.abs(affine[:3, 3]).max() > FAR_MM:
+        raise ValueError(
+            f"{path}: its first voxel is at {affine[:3, 3].tolist()} mm, expected within "
+            f"{FAR_MM:g} mm; set a valid affine"
+        )

@@ -1,34 +1,44 @@
 """NIfTI files: reading with full checks, reorienting to RAS+ and back, writing label files."""
 
+import contextlib
 import gzip
+import logging
+import math
+import stat
 import struct
-import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 
 from masm_jax.files import replacing
 
-_BROKEN = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    struct.error,
-    nib.filebasedimages.ImageFileError,
-    nib.spatialimages.HeaderDataError,
-)
+# It logs what it mends in a header, with bytes of the file as they are.
+logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+
+# A scan has a byte on the disk for every few voxels, also where most of it is background: a BraTS
+# image one for 3.6. A small file that unpacks to far more is damaged, or meant to fill the memory.
+SMALL_VOXELS = 1 << 24  # 256^3: as many may be in a file of any size
+VOXELS_PER_BYTE = 64
+EDGE_MM = (1e-3, 100.0)  # of a voxel
+_FOLLOWS = 1 << 20  # bytes that may follow the voxels
+_BEFORE = 1 << 26  # bytes that may come before them: header and extensions
 
 
-def read(path: Path | str) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+def read(
+    path: Path | str, *, voxels: int = 0
+) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Reads a NIfTI-1 or NIfTI-2 file, ``.nii`` or ``.nii.gz``.
 
     The whole file is read at once: so the checksum of a gzip file is compared, which a reader that
-    stops at the last voxel never does.
+    stops at the last voxel never does. What the header declares is checked before memory is taken.
 
     Args:
         path: The file.
+        voxels: As many may be in it whatever its size on the disk, such as those of an image for
+            its segmentation, which is packed to a thousandth.
 
     Returns:
         The voxels (I, J, K) or (I, J, K, C) with slope and intercept applied, a last axis of length
@@ -38,35 +48,96 @@ def read(path: Path | str) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
         ValueError: The file cannot be read; the message gives what failed and the fix.
     """
     path = Path(path)
-    try:
-        image = _parse(path)
-        array = np.asanyarray(image.dataobj)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file") from error
-    except _BROKEN as error:
-        raise ValueError(
-            f"{path}: cannot be read ({type(error).__name__}: {error}); get the file again"
-        ) from error
+    with _named(path):
+        data, header = _content(path, max(voxels, room(path)))
+        kind = nib.Nifti2Image if header["sizeof_hdr"] == 540 else nib.Nifti1Image
+        image = kind.from_bytes(data)
+        array, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, np.float64)
     if array.dtype.kind not in "iufb":
         raise ValueError(f"{path}: voxel type {array.dtype}, not numbers; export it as float32")
     while array.ndim > 3 and array.shape[-1] == 1:
         array = array[..., 0]
-    return array, np.asarray(image.affine, np.float64), image.header
+    return array, affine, image.header
 
 
-def _parse(path: Path) -> nib.Nifti1Image:
-    data = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        data = gzip.decompress(data)
-    if len(data) < 348:
-        raise ValueError(f"{len(data)} bytes, expected a NIfTI header of at least 348")
-    nifti2 = 540 in (struct.unpack("<i", data[:4])[0], struct.unpack(">i", data[:4])[0])
-    return (nib.Nifti2Image if nifti2 else nib.Nifti1Image).from_bytes(data)
+def room(path: Path | str) -> int:
+    """Returns how many voxels a file may hold for its size on the disk, or one like it."""
+    with _named(Path(path)):
+        return max(SMALL_VOXELS, VOXELS_PER_BYTE * Path(path).stat().st_size)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a ValueError that names the file."""
+    try:
+        with np.errstate(all="ignore"):  # a NaN among the voxels is said later, with its case
+            yield
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path}: no such file, or a link to none; correct the path, or get the file again"
+        ) from error
+    except Exception as error:  # of any kind: a parser, and bytes that may say anything
+        said = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"{path}: cannot be read ({type(error).__name__}: {said}); get the file again"
+        ) from error
+
+
+def _content(path: Path, most: int) -> tuple[bytes, nib.Nifti1Header]:
+    """The unpacked file and its header, if it is as long as the header declares."""
+    with _opened(path) as stream:
+        header = _header(stream)
+        shape, first = tuple(map(int, header.get_data_shape())), _first_voxel(header)
+        if min(shape, default=0) < 1:
+            raise ValueError(f"its header declares {shape} voxels, expected 1 or more along each")
+        voxels = math.prod(shape)
+        if voxels > most:
+            raise ValueError(
+                f"its header declares {shape} = {voxels} voxels, expected at most {most} in a file "
+                f"of {path.stat().st_size} bytes; if it is what it says, store it without "
+                f"compression, as .nii"
+            )
+        end = first + voxels * header.get_data_dtype().itemsize
+        stream.seek(0)
+        data = stream.read(end + _FOLLOWS + 1)  # to its end, where the checksum is
+    if len(data) < end:
+        raise ValueError(f"{len(data)} bytes, expected the {end} that its header declares")
+    if len(data) > end + _FOLLOWS:
+        raise ValueError(f"it goes on long after the {end} bytes that its header declares")
+    return data, header
+
+
+def _opened(path: Path) -> BinaryIO:
+    if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
+        raise ValueError("a folder, pipe or device, expected a file")
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _header(stream: BinaryIO) -> nib.Nifti1Header:
+    """The header of a file, from its first bytes."""
+    head = stream.read(540)
+    if len(head) < 348:
+        raise ValueError(f"{len(head)} bytes, expected a NIfTI header of at least 348")
+    sizes = struct.unpack("<i", head[:4])[0], struct.unpack(">i", head[:4])[0]
+    kind = nib.Nifti2Header if 540 in sizes else nib.Nifti1Header
+    magic = head[4:8] if 540 in sizes else head[344:348]
+    if magic[:3] != (b"n+2" if 540 in sizes else b"n+1"):
+        raise ValueError(f"magic {magic!r}, expected that of NIfTI with its voxels in one file")
+    return kind(head[: 540 if 540 in sizes else 348])
+
+
+def _first_voxel(header: nib.Nifti1Header) -> int:
+    """Byte where the voxels begin."""
+    given, least = float(header["vox_offset"]), int(header["sizeof_hdr"]) + 4
+    if not (given == 0 or least <= given <= _BEFORE):
+        raise ValueError(f"vox_offset {given:g}, expected 0 or {least} to {_BEFORE}")
+    return max(int(given), least)
 
 
 def description(path: Path | str) -> str:
     """The text of the header's field ``descrip``."""
-    return bytes(nib.load(path).header["descrip"]).rstrip(b"\0").decode("utf-8", "replace")
+    header, _ = _geometry(Path(path))
+    return bytes(header["descrip"]).rstrip(b"\0").decode("utf-8", "replace")
 
 
 def orientation(affine: np.ndarray) -> str:
@@ -87,8 +158,19 @@ def _axes(affine: np.ndarray) -> tuple[list[int], list[int]]:
             f"affine {affine[:3].round(4).tolist()} maps voxels to no volume; set a valid one"
         )
     found = nib.io_orientation(affine)  # row: file axis -> (RAS axis, flip)
+    sizes = np.sqrt((affine[:3, :3] ** 2).sum(0))
+    if not np.isfinite(found).all() or sizes.min() < EDGE_MM[0] or sizes.max() > EDGE_MM[1]:
+        raise ValueError(
+            f"affine {affine[:3].round(4).tolist()}: voxels of {by_mm(sizes)} mm, expected three "
+            f"axes of {EDGE_MM[0]:g} to {EDGE_MM[1]:g} mm; set a valid one, in mm"
+        )
     order = [int(np.flatnonzero(found[:, 0] == axis)[0]) for axis in range(3)]
     return order, [int(found[axis, 1]) for axis in order]
+
+
+def by_mm(sizes: Sequence[float]) -> str:
+    """Returns lengths as people write them, such as 1x1x2.5."""
+    return "x".join(f"{size:.3g}" for size in sizes)
 
 
 def to_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -152,26 +234,33 @@ def write_map(path: Path | str, values: np.ndarray, like: Path | str | np.ndarra
 
 def _write(path: Path | str, values: np.ndarray, like: Path | str | np.ndarray) -> None:
     path = Path(path)
-    try:
-        if isinstance(like, np.ndarray):
-            source = nib.Nifti1Image(np.zeros(values.shape, np.uint8), like)
-            source.set_qform(like, code=1)
-            source.set_sform(like, code=1)
-            source.header.set_xyzt_units("mm")
-        else:
-            source = nib.load(like)
-    except (FileNotFoundError, nib.filebasedimages.ImageFileError) as error:
-        raise ValueError(f"{like}: cannot be read ({error}); its geometry is needed") from error
-    if tuple(source.shape[:3]) != values.shape:
-        raise ValueError(f"{path}: labels {values.shape} do not fit {like} of {source.shape[:3]}")
-    header = source.header.copy()
+    if isinstance(like, np.ndarray):
+        source = nib.Nifti1Image(np.zeros(values.shape, np.uint8), like)
+        source.set_qform(like, code=1)
+        source.set_sform(like, code=1)
+        source.header.set_xyzt_units("mm")
+        header, affine = source.header, source.affine
+    else:
+        header, affine = _geometry(Path(like))
+    grid = tuple(header.get_data_shape()[:3])
+    if grid != values.shape:
+        raise ValueError(f"{path}: labels {values.shape} do not fit {like} of {grid}")
+    pixdim = header["pixdim"][4:].copy()  # nibabel writes 1 where none is meant
     header.set_data_shape(values.shape)
     header.set_data_dtype(values.dtype)
     header["cal_min"] = header["cal_max"] = 0  # the display window of the image, not of labels
-    image = type(source)(values, source.affine, header)
-    image.header["pixdim"][4:] = source.header["pixdim"][4:]  # nibabel writes 1 where none is meant
+    kind = nib.Nifti2Image if header["sizeof_hdr"] == 540 else nib.Nifti1Image
+    image = kind(values, affine, header)
+    image.header["pixdim"][4:] = pixdim
     data = image.to_bytes()
     if path.name.endswith(".gz"):
         data = gzip.compress(data, compresslevel=6, mtime=0)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def _geometry(path: Path) -> tuple[nib.Nifti1Header, np.ndarray]:
+    """Header and (4, 4) affine of a file, whose voxels are not read."""
+    with _named(path), _opened(path) as stream:
+        header = _header(stream)
+        return header, header.get_best_affine()

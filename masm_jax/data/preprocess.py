@@ -8,6 +8,7 @@ is linear between voxel centres.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ def preprocess(case: Case, *, spacing: float | None = None) -> Record:
     image, intensity = _normalise(case, voxels, brain)
     input_spacing = nifti.canonical_spacing(affine)
     new_shape = _resampled_shape(brain.shape, input_spacing, spacing)
+    _check_resampled(case, new_shape, spacing)
     label, volumes = None, None
     regions = case.convention.regions
     if segmentation is not None:
@@ -255,6 +257,18 @@ def _resampled_shape(
         n if abs(s - spacing) < 1e-3 else max(1, round(n * s / spacing))
         for n, s in zip(shape, input_spacing)
     )
+
+
+def _check_resampled(case: Case, shape: tuple, spacing: float | None) -> None:
+    """Refuses to make far more voxels than there are, as of a few voxels of decimetres."""
+    files = {path: nifti.room(path) for path in case.images}
+    most = max(4 * nifti.SMALL_VOXELS, sum(files.values()))
+    voxels = len(case.images) * math.prod(shape)
+    if voxels > most:
+        value = f"{len(case.images)} x {by(shape)} = {voxels} voxels at --spacing={spacing:g}"
+        wanted = f"at most {most} for files of this size"
+        fix = "choose a larger --spacing, or correct the affines, which are in mm"
+        raise CaseError([Problem(case.id, str(case.images[0]), value, wanted, fix)])
 
 
 def _check_grid(shape: tuple, meta: Mapping[str, Any]) -> None:

@@ -63,10 +63,14 @@ def recognise_labels(style: str, values: Mapping[str, set[int]]) -> tuple[str, s
     return scheme, note
 
 
-def label_values(path: Path) -> set[int] | None:
-    """Returns the label values other than 0 in a file, None where it cannot be read as labels."""
+def label_values(path: Path, image: Path) -> set[int] | None:
+    """Returns the label values other than 0 in a file, None where it cannot be read as labels.
+
+    Labels are packed to a thousandth, so the size of ``image``, of the same case, says how many
+    voxels there may be.
+    """
     try:
-        array = nifti.read(path)[0]
+        array = nifti.read(path, voxels=nifti.room(image))[0]
     except ValueError:
         return None  # listed with its reason when the case is prepared
     values = np.unique(array[array != 0])
@@ -105,7 +109,8 @@ def recognise(root: Path, cases: "list[Case]", labels: str | None) -> "list[Case
                 "the files were remapped"
             )
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            read = pool.map(label_values, [case.segmentation for case in with_seg])
+            files = [(case.segmentation, case.images[0]) for case in with_seg]
+            read = pool.map(label_values, *zip(*files)) if files else ()
             values = {case.id: seen for case, seen in zip(with_seg, read) if seen is not None}
         try:
             scheme, note = recognise_labels(style, values)
@@ -123,7 +128,8 @@ def recognise(root: Path, cases: "list[Case]", labels: str | None) -> "list[Case
 
 
 def _list(values: list[int]) -> str:
-    return ", ".join(map(str, values))
+    shown = ", ".join(map(str, values[:10]))
+    return shown + (f" and {len(values) - 10} more" if len(values) > 10 else "")
 
 
 def _some(cases: list[str]) -> str:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-import threading
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,17 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from masm_jax.data import conventions
+from masm_jax.data import conventions, record_checks
 from masm_jax.data.preprocess import Record
-from masm_jax.files import replacing
+from masm_jax.files import name_fault, read_json, replacing
 
 VERSION = 1
 FOREGROUND_SAMPLES = 10_000  # voxels kept per region as possible crop centres
 _INDEX = "dataset.json"
-# NumPy reads the head of a file with ast.literal_eval, and CPython counts the depth of a syntax
-# tree for all threads together: two readers at once can end in "SystemError: AST constructor
-# recursion depth mismatch" (seen on 3.11.7; python/cpython#106905).
-_READING = threading.Lock()
+_AGAIN = "run prepare again"
 
 
 def write_record(root: Path | str, record: Record) -> None:
@@ -35,17 +32,25 @@ def write_record(root: Path | str, record: Record) -> None:
     root = Path(root)
     case = record.meta["case"]
     root.mkdir(parents=True, exist_ok=True)
+    if fault := name_fault(case):
+        raise ValueError(f"record: {fault}; rename the case")
     temporary, final = root / f".{case}.tmp", root / case
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    np.save(temporary / "image.npy", np.ascontiguousarray(record.image, np.float16))
-    if record.label is not None:
-        np.save(temporary / "label.npy", np.ascontiguousarray(record.label, np.uint8))
-    np.savez(temporary / "foreground.npz", **foreground(record))
-    (temporary / "meta.json").write_text(json.dumps(record.meta, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
+    try:
+        temporary.mkdir()
+        np.save(temporary / "image.npy", np.ascontiguousarray(record.image, np.float16))
+        if record.label is not None:
+            np.save(temporary / "label.npy", np.ascontiguousarray(record.label, np.uint8))
+        with zipfile.ZipFile(temporary / "foreground.npz", "w") as archive:
+            for name, voxels in foreground(record).items():  # savez takes no region called "file"
+                with archive.open(f"{name}.npy", "w") as file:
+                    np.lib.format.write_array(file, voxels, allow_pickle=False)
+        (temporary / "meta.json").write_text(json.dumps(record.meta, indent=1))
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk: what is there helps nobody
 
 
 def foreground(record: Record) -> dict[str, np.ndarray]:
@@ -99,14 +104,37 @@ def read_index(root: Path | str) -> dict[str, Any]:
     if not path.is_file():
         state = "prepare did not finish there" if path.parent.is_dir() else "no such folder"
         raise ValueError(f"{path}: no index of records ({state}); expected one; {make}")
-    try:
-        index = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); expected JSON; {make}") from error
+    index = read_json(path, make)
     if index.get("version") != VERSION:
         found = index.get("version")
         raise ValueError(f"{path}: version {found}; expected {VERSION}; {make} --overwrite")
+    if fault := record_checks.index_fault(index):
+        raise ValueError(f"{path}: {fault}; {make} --overwrite")
     return index
+
+
+def check_record(root: Path | str, case: str) -> dict[str, Any]:
+    """Sees that the files of a record are there, of the right length and fit together.
+
+    Args:
+        root: Folder of the records.
+        case: Name of the case.
+
+    Returns:
+        Its meta.
+
+    Raises:
+        ValueError: One is damaged.
+    """
+    folder = Path(root) / case
+    meta = record_checks.meta(folder / "meta.json")
+    shapes = [record_checks.array(folder / "image.npy", np.float16, 4).shape[1:]]
+    if meta["segmentation"] is not None:
+        shapes.append(record_checks.array(folder / "label.npy", np.uint8, 3).shape)
+    record_checks.voxels(folder / "foreground.npz", meta["regions"], FOREGROUND_SAMPLES)
+    if set(shapes) != {tuple(meta["record_shape"])}:
+        raise ValueError(f"{folder}: grids {shapes}, expected {meta['record_shape']}; {_AGAIN}")
+    return meta
 
 
 class Records:
@@ -132,28 +160,28 @@ class Records:
 
     def image(self, case: str) -> np.ndarray:
         """Returns the (M, d, h, w) float16 image, memory-mapped."""
-        with _READING:
-            return np.load(self._file(case, "image.npy"), mmap_mode="r")
+        return record_checks.array(self._file(case, "image.npy"), np.float16, 4)
 
     def label(self, case: str) -> np.ndarray | None:
         """Returns the (d, h, w) uint8 internal labels, memory-mapped; None without segmentation."""
-        if self.meta(case)["segmentation"] is None:
+        # Read for every crop, so the rest of it is not checked here.
+        meta = read_json(self._file(case, "meta.json"), _AGAIN)
+        if meta.get("segmentation") is None:
             return None
-        with _READING:
-            return np.load(self._file(case, "label.npy"), mmap_mode="r")
+        return record_checks.array(self._file(case, "label.npy"), np.uint8, 3)
 
     def meta(self, case: str) -> dict[str, Any]:
         """Returns the content of meta.json."""
-        return json.loads(self._file(case, "meta.json").read_text())
+        return record_checks.meta(self._file(case, "meta.json"))
 
     def foreground(self, case: str) -> dict[str, np.ndarray]:
         """Returns region -> (n, 3) int32 voxel coordinates inside it, possible crop centres."""
-        # Opened here: np.load leaves a file that is no archive open.
         path = self._file(case, "foreground.npz")
-        with _READING, path.open("rb") as file, np.load(file) as stored:
-            return {name: stored[name] for name in self.regions}
+        return record_checks.voxels(path, self.regions, FOREGROUND_SAMPLES)
 
     def _file(self, case: str, name: str) -> Path:
+        if fault := name_fault(case):  # of a split.json or a flag
+            raise ValueError(f"{self.root}: {fault}; correct the list that names it")
         path = self.root / case / name
         if not path.is_file():
             close = "" if case in self.cases else conventions.hint(case, self.cases)

@@ -129,7 +129,7 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
         return found, "the records"
     file, values = segmented.reference
     with clock.stage("reading"):
-        labels, affine, _ = nifti.read(file)
+        labels, affine, _ = nifti.read(file, voxels=segmented.in_scan.size)
     expected = segmented.in_scan.shape
     if labels.shape != expected or not np.allclose(affine, meta["affine"], atol=0.1):
         raise ValueError(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from masm_jax.data import conventions
+from masm_jax.data.description import load_description
 
 # What the data sets' own papers and dataset.json say: file value -> region membership.
 MEANING = {
@@ -103,7 +104,7 @@ LESIONS = {
 def describe(tmp_path, **changes):
     path = tmp_path / "lesions.json"
     path.write_text(json.dumps({k: v for k, v in (LESIONS | changes).items() if v is not None}))
-    return conventions.load_description(path)
+    return load_description(path)
 
 
 def test_a_description_with_defaults(tmp_path):
@@ -117,7 +118,7 @@ def test_a_description_with_defaults(tmp_path):
 def test_a_python_description_is_the_same(tmp_path):
     path = tmp_path / "lesions.py"
     path.write_text(f"description = {LESIONS!r}\n")
-    assert conventions.load_description(path) == describe(tmp_path)
+    assert load_description(path) == describe(tmp_path)
 
 
 def test_a_described_remapping_with_nested_regions(tmp_path):
@@ -151,7 +152,7 @@ def test_contradictions_in_a_description(tmp_path, changes, message):
 
 def test_an_unreadable_description(tmp_path):
     with pytest.raises(ValueError, match="cannot be read"):
-        conventions.load_description(tmp_path / "absent.json")
+        load_description(tmp_path / "absent.json")
     (tmp_path / "bad.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="no variable 'description'"):
-        conventions.load_description(tmp_path / "bad.py")
+        load_description(tmp_path / "bad.py")

@@ -8,6 +8,7 @@ import pytest
 
 from masm_jax.config import validate_records
 from masm_jax.data import build, cases, conventions, records
+from masm_jax.data.description import load_description
 from masm_jax.data.preprocess import preprocess
 from masm_jax.inference.postprocess import decode
 
@@ -57,7 +58,7 @@ def test_every_task_is_tested():
 def test_a_case_of_the_task_becomes_a_record(task, tmp_path):
     label = write(tmp_path, task)
     (case,), problems = cases.find_cases(tmp_path, description=TASKS / f"{task}.json")
-    convention = conventions.load_description(TASKS / f"{task}.json")
+    convention = load_description(TASKS / f"{task}.json")
     assert not problems and case.id == "p" and case.convention.name == task
     record = preprocess(case, spacing=None)
     # Cut to the body, and z-scored in it; outside of it nothing.
@@ -127,4 +128,4 @@ def test_contradictions(changes, message, tmp_path):
     path = tmp_path / "task.json"
     path.write_text('{"files": {"t1": "_a", "t2": "_b"}, ' + changes + "}")
     with pytest.raises(ValueError, match=message):
-        conventions.load_description(path)
+        load_description(path)
