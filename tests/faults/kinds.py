@@ -239,7 +239,7 @@ def _alike(case):
     if rng.random() < 0.5:
         case.put(path, made.packed(np.full(made.SHAPE, int(rng.integers(3))), "int16"))
     else:
-        other = next(p for p in case.files if p not in (path, *[q for q in case.files if "seg" in q]))
+        other = next(p for p in case.files if p != path and "seg" not in p)
         case.files[path] = case.files[other]
     return FAILS
 
@@ -292,8 +292,10 @@ def _renamed(case, name, folder="set"):
 @kind("names: spaces, any script, quotes, formulas, mark-up")
 def _names(case):
     names = [
-        "Case 1", " Case", "Käse", "患者", "🧠", "=1+1", "+Case", "-Case", "@Case", "a'b", 'a"b', "$HOME",
-        "<script>alert(1)<", "&amp;", "%s%d", "{case}", "Case*", "[Case]", "Case;ls", "`ls`", "~", "#",
+        "Case 1", " Case", "Käse", "患者", "🧠", "=1+1", "+Case", "-Case", "@Case", "a'b", 'a"b',
+        "$HOME",
+        "<script>alert(1)<", "&amp;", "%s%d", "{case}", "Case*", "[Case]", "Case;ls", "`ls`", "~",
+        "#",
         "C:ase", "null", "0/5".replace("/", ","), "a" * 180,
     ]  # fmt: skip
     _renamed(case, str(case.rng.choice(names)))
@@ -303,7 +305,8 @@ def _names(case):
 @kind("names: newlines, control characters, no UTF-8, too long, reserved")
 def _bad_names(case):
     names = [
-        "Ca\nse", "Ca\rse", "Ca\tse", "\x1b[31mred", "Ca\x7fse", os.fsdecode(b"Ca\xffse"), "a" * 230,
+        "Ca\nse", "Ca\rse", "Ca\tse", "\x1b[31mred", "Ca\x7fse", os.fsdecode(b"Ca\xffse"),
+        "a" * 230,
         "dataset.json", "Ca\u2028se", "Ca\u202ese", "back\\slash",
     ]  # fmt: skip
     _renamed(case, str(case.rng.choice(names)))
@@ -402,7 +405,8 @@ def _meanwhile(case):
 # ---------------------------------------------------------------- what describes a set
 
 
-_ODD = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], [None], {"": None}, float("nan"), "../x"]
+_ODD = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], [None], {"": None}, float("nan")]
+_ODD += ["../x"]
 
 
 def _spoilt(value, rng, places=2):
@@ -431,7 +435,8 @@ def _description(case):
     }  # fmt: skip
     which = int(rng.integers(8))
     if which == 0:
-        text = [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b"1", b'"x"'][rng.integers(8)]
+        texts = [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b"1", b'"x"']
+        text = texts[rng.integers(8)]
     elif which == 1:
         name = str(rng.choice(["../../out", "file", "a/b", "", "\n", ".", "x" * 300]))
         text = json.dumps(described | {"regions": {name: [1, 2, 4]}, "paint": {name: 2}}).encode()
@@ -452,7 +457,9 @@ def _decathlon(case):
     }
     content = {
         "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
-        "labels": {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"},
+        "labels": {
+            "0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour",
+        },
     }
     case.files["dataset.json"] = _spoilt(content, rng, int(rng.integers(3)))
     return EITHER

@@ -120,7 +120,8 @@ class Case:
 
     def image(self) -> str:
         """One of its images by chance."""
-        return str(self.rng.choice([path for path in self.files if not path.endswith("seg.nii.gz")]))
+        images = [path for path in self.files if not path.endswith("seg.nii.gz")]
+        return str(self.rng.choice(images))
 
     def any(self) -> str:
         """One of its files by chance."""
