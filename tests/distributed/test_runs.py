@@ -215,6 +215,6 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_used(alone, command, wo
 
 def test_a_dry_run_says_what_a_run_takes_and_leaves_nothing(command, words, tmp_path):
     said = command(*words, f"--workdir={tmp_path / 'run'}", "--cpu_devices=2", "--dry_run")
-    for text in ("2 data x 1 spatial", "process 0: 4 devices", "1 steps for 2 cases", "GB work"):
+    for text in ("2 data x 1 spatial", "process 0: 2 devices", "1 steps for 2 cases", "GB work"):
         assert text in said.stdout, said.stdout
     assert not (tmp_path / "run").exists()

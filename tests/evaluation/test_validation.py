@@ -28,6 +28,13 @@ def records(tmp_path_factory):
             "regions": {name: list(values) for name, values in REGIONS.items()},
             "segmentation": f"{case}_seg.nii.gz",
             "record_spacing": [1.0, 2.0, 3.0],
+            "spacing": [1.0, 2.0, 3.0],
+            **dict.fromkeys(("shape", "crop_shape", "record_shape"), [18, 17, 19]),
+            "crop": [[0, 18], [0, 17], [0, 19]],
+            "affine": np.diag([1.0, 2.0, 3.0, 1.0]).tolist(),
+            "files": {},
+            "labels": {},
+            "paint": {},
         }
         image = np.stack([label, 10 * label]).astype(np.float16)
         records_lib.write_record(root, Record(image, label, meta))
