@@ -28,7 +28,7 @@ from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
-from masm_jax.files import as_path, replacing
+from masm_jax.files import as_path, printable, replacing
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import check_task, decoding, in_scan
 from masm_jax.parallel import in_order
@@ -164,7 +164,7 @@ def evaluate(workdir, output, roll):
         print(f"compared in: {', '.join(summary['grid'])}")
         print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
     for case, reason in failed.items():
-        print(f"failed: {case}: {reason}", file=sys.stderr)
+        print(f"failed: {case}: {printable(str(reason))}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
@@ -185,7 +185,7 @@ def _together(roll, found, cases):
 
 
 def _cases(workdir, records, config):
-    named = json.loads((workdir / "split.json").read_text())
+    named = records_lib.read_split(workdir)
     wanted = _SPLIT.value
     if wanted == "all":
         return records.cases
@@ -196,7 +196,9 @@ def _cases(workdir, records, config):
             )
         return records_lib.split(records.cases, wanted, config.data.split_seed)["val"]
     if not named[wanted]:
-        raise ValueError(f"--split={wanted}: this run's split.json has no such cases")
+        raise ValueError(
+            f"--split={wanted}: {workdir / 'split.json'} has no such cases; name another split"
+        )
     return named[wanted]
 
 
@@ -204,7 +206,7 @@ def _trained_on(workdir, config, records, cases):
     """Which of the cases the run, or one averaged with it, was trained on; says so."""
     trained = set()
     for run in (workdir, *map(as_path, config.infer.runs)):
-        trained |= set(json.loads((run / "split.json").read_text())["train"])
+        trained |= set(records_lib.read_split(run)["train"])
     seen = sorted(trained & set(cases)) if _SPLIT.value != "train" else []
     if _RECORDS.value and pathlib.Path(config.data.records).is_dir():
         # Other records may hold other scans of the same name, or the same scans in another place.

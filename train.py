@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from masm_jax import checkpoint, processes, runtime, sharding
+from masm_jax import checkpoint, locks, processes, runtime, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
@@ -213,7 +213,7 @@ def _refuse_another(workdir, config, split, *, started):
         return
     old = config_lib.to_dict(config_lib.load(workdir))
     changes = config_lib.differences(old, config_lib.to_dict(config))
-    if json.loads((workdir / "split.json").read_text()) != split:
+    if records_lib.read_split(workdir) != split:
         changes.append("data.split: gives other cases than split.json has; were records added?")
     if changes and _CONFIG_CHANGE.value != "accept":
         raise ValueError(
@@ -233,7 +233,9 @@ def main(_):
     readable = (ValueError, NonFinite, FileNotFoundError)
     limit = flags.FLAGS.start_timeout
     with processes.joined(place, limit=limit, readable=readable) as roll:
-        code = train(_CONFIG.value, _WORKDIR.value, roll)
+        holds = jax.process_index() == 0 and not _DRY_RUN.value
+        with locks.alone(_WORKDIR.value, holds=holds):
+            code = train(_CONFIG.value, _WORKDIR.value, roll)
     sys.exit(code)
 
 

@@ -6,13 +6,14 @@ import json
 import ml_collections
 
 from masm_jax.evaluation.lesions import STYLES
-from masm_jax.files import as_path, replacing
+from masm_jax.files import as_path, read_json, replacing
 from masm_jax.models.aware import PRUNING
 from masm_jax.models.masm import MIXERS, REMAT, divisor, edges
 from masm_jax.models.mosaic import learnt_edge, offsets
 from masm_jax.models.shift import EXTRAS
 from masm_jax.models.sizes import BACKBONES
 
+_RESTORE = "restore it from a copy of the run"
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result, or in its rounding alone.
@@ -233,7 +234,11 @@ def validate_records(config, records):
 def tuned_on(workdir):
     """The cases on which WORKDIR/infer.json was chosen; none without one."""
     path = as_path(workdir) / TUNED
-    return json.loads(path.read_text()).get("cases", []) if path.is_file() else []
+    content = read_json(path, "delete it, and tune again") if path.is_file() else {}
+    cases = content.get("cases", [])
+    if not (isinstance(cases, list) and all(isinstance(case, str) for case in cases)):
+        raise ValueError(f"{path}: cases are no list of names; delete it, and tune again")
+    return cases
 
 
 def override(config, given):
@@ -335,24 +340,35 @@ def load(workdir, given=(), tuned=True):
             f"{path} does not exist: --workdir must be a folder that train.py has written"
         )
     try:
-        config = ml_collections.ConfigDict(json.loads(path.read_text())).lock()
+        config = _from_json(path).lock()
         validate(config)
+    except TypeError as error:
+        raise ValueError(f"{path} holds a value of another type ({error}); {_RESTORE}") from error
     except (AttributeError, KeyError) as error:
         raise ValueError(
             f"{path} lacks a key ({error}): written by another version of this? Add it with "
             f"its value from configs/masm_brats.py, or use the version that trained the run"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        named = str(error).removeprefix(f"{path} ").removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: {named}") from error
     chosen = path.with_name(TUNED)
     if tuned and chosen.is_file():
         try:
-            values = json.loads(chosen.read_text())["infer"]
+            values = read_json(chosen, "mend it")["infer"]
             override(config, [f"infer.{key}={value!r}" for key, value in values.items()])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{chosen}: {error}; mend it, or delete it and tune again") from error
     override(config, given)
     return config
+
+
+def _from_json(path):
+    content = read_json(path, _RESTORE)
+    try:
+        return ml_collections.ConfigDict(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_RESTORE}") from error
 
 
 def _flat(tree, prefix=""):

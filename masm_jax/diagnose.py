@@ -94,7 +94,7 @@ def _run(args):
 def _cases(args, workdir, records):
     named = records.cases
     if args.split != "all":
-        named = json.loads((workdir / "split.json").read_text()).get(args.split, [])
+        named = records_lib.read_split(workdir).get(args.split, [])
     named = [
         case for case in named if case in records.cases and records.label(case) is not None
     ]  # fmt: skip

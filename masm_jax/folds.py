@@ -19,6 +19,7 @@ import sys
 
 from masm_jax import config as config_lib
 from masm_jax import runtime
+from masm_jax.data import records
 from masm_jax.evaluation import tables
 
 DIFFER = ("data.split:", "seed:")  # what may differ between folds, beside what is free to change
@@ -40,7 +41,7 @@ def gather(runs):
     rows, lesions, failed, seen, first, evaluated = [], [], {}, {}, None, None
     for run in map(pathlib.Path, runs):
         config = config_lib.to_dict(config_lib.load(run))
-        split = json.loads((run / "split.json").read_text())
+        split = records.read_split(run)
         own = set(split["train"]) | set(split["val"])
         first = first or (run, config, own)
         _check_like(run, config, own, first)

@@ -12,6 +12,71 @@ import json
 import os
 import pathlib
 import socket
+import threading
+import time
+
+from masm_jax.files import as_path, is_remote
+
+BEAT = 20.0  # seconds between signs of life of who works alone in a folder
+
+
+@contextlib.contextmanager
+def alone(folder, *, holds=True):
+    """Work in a folder in which no other process works in this way.
+
+    While it works, the lock is touched. So that of a host that is gone can be told from that of one
+    that works: it is watched for three beats before it is taken, which is what a job that is
+    started again on another node needs.
+
+    Args:
+        folder: made where it is not there. One in a bucket has no lock.
+        holds: False does nothing: of many processes of one run, one holds the lock.
+
+    Raises:
+        ValueError: another process works there; the message says which.
+    """
+    if not holds or is_remote(folder):
+        yield
+        return
+    lock = Lock(as_path(folder) / ".lock")
+    holder = lock.take()
+    if holder and lock.of_another_host() and _untouched(lock.path, 3 * BEAT):
+        holder = lock.take(over_hosts=True)
+    if holder:
+        raise ValueError(f"{folder}: {holder}; wait for it, stop it, or name another folder")
+    ended = threading.Event()
+    thread = threading.Thread(target=_beat, args=(lock.path, ended), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        lock.release()
+
+
+def _beat(path, ended):
+    while not ended.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _untouched(path, seconds):
+    """Whether a file stays as it is for so long; its own times are compared, no clocks."""
+    before = _touched(path)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(min(1.0, seconds / 3))
+        if _touched(path) != before:
+            return False
+    return True
+
+
+def _touched(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 class Lock:
@@ -25,8 +90,11 @@ class Lock:
         self.path = pathlib.Path(path)
         self._mine = None
 
-    def take(self):
+    def take(self, over_hosts=False):
         """Take it, unless a process that lives has it.
+
+        Args:
+            over_hosts: also that of another host, of which it is known that it is gone.
 
         Returns:
             None: it is ours now; else who has it, in words.
@@ -34,7 +102,8 @@ class Lock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened(create=True) as file:
             holder = _content(file)
-            if holder and (words := _living(holder)):
+            gone = over_hosts and holder and holder["host"] != socket.gethostname()
+            if holder and not gone and (words := _living(holder)):
                 return f"{words}, lock {self.path}"
             self._mine = {
                 "host": socket.gethostname(),
@@ -43,6 +112,12 @@ class Lock:
             }
             _write(file, self._mine)
         return None
+
+    def of_another_host(self):
+        """Whether a process of another host has it."""
+        with contextlib.suppress(FileNotFoundError), self._opened() as file:
+            return _content(file).get("host") not in (None, socket.gethostname())
+        return False
 
     def with_child(self, pid):
         """Let the lock outlive this process for as long as another one of this host works on."""
@@ -81,9 +156,12 @@ def _same(file, path):
 def _content(file):
     file.seek(0)
     try:
-        return json.load(file)
-    except ValueError:  # empty: new, or a machine that went down while it was written
-        return {}
+        content = json.load(file)
+        living = isinstance(content["host"], str) and content["since"]
+        known = living and [int(one["pid"]) for one in content["processes"] if "began" in one]
+    except (ValueError, KeyError, TypeError):  # empty: new, or a machine went down while it was
+        return {}  # written
+    return content if known else {}
 
 
 def _write(file, content):

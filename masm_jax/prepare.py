@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import tqdm
 
+from masm_jax import locks
 from masm_jax.data import build, cases, conventions
 from masm_jax.files import printable
 
@@ -128,15 +129,16 @@ def _prepare(flags: argparse.Namespace) -> int:
         return _fail("no complete case; a data set with other names needs a --description file")
     progress = _Progress(len(found))
     try:
-        built = build.build(
-            found,
-            flags.output,
-            spacing=flags.spacing,
-            workers=flags.workers,
-            overwrite=flags.overwrite,
-            problems=tuple(problems),
-            progress=progress.step,
-        )
+        with locks.alone(flags.output):
+            built = build.build(
+                found,
+                flags.output,
+                spacing=flags.spacing,
+                workers=flags.workers,
+                overwrite=flags.overwrite,
+                problems=tuple(problems),
+                progress=progress.step,
+            )
     finally:
         progress.close()
     _summary(built, flags, time.monotonic() - started)

@@ -97,7 +97,7 @@ def _cases(args, records):
     if args.split == "all":
         named = records.cases
     else:
-        split = json.loads((pathlib.Path(args.workdir[0]) / "split.json").read_text())
+        split = records_lib.read_split(args.workdir[0])
         named = split.get(args.split, [])
     named = [case for case in named if case in records.cases]
     if not named:

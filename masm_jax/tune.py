@@ -169,7 +169,7 @@ def _tune(args):
             meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
             where=records.root,
         )  # fmt: skip
-        validation = json.loads((workdir / "split.json").read_text())["val"]
+        validation = records_lib.read_split(workdir)["val"]
         twice = sorted({case.name for case in cases} & set(validation))
         if twice:
             raise ValueError(

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -101,3 +103,69 @@ def test_of_many_that_find_it_stale_one_takes_it(tmp_path):
     assert sorted(process.stdout.readline() for process in crowd) == ["False\n"] * 5 + ["True\n"]
     for process in crowd:
         process.communicate("e")
+
+
+# ---------------------------------------------------------------- alone in a folder
+
+
+def test_two_do_not_work_in_one_folder(tmp_path):
+    folder = tmp_path / "run"
+    with locks.alone(folder):
+        with pytest.raises(ValueError, match=f"run: process {os.getpid()} of this host.*wait for"):
+            with locks.alone(folder):
+                pytest.fail("two are in it")
+        with locks.alone(folder, holds=False):  # another process of the same run
+            pass
+        assert (folder / ".lock").is_file()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_of_a_killed_process_is_free(tmp_path):
+    words = (
+        "import sys; from masm_jax import locks; entered = locks.alone(sys.argv[1]); "
+        "entered.__enter__(); print('in', flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", words, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout.readline() == b"in\n"
+    with pytest.raises(ValueError, match=f"process {process.pid} of this host"):
+        with locks.alone(tmp_path):
+            pytest.fail("two are in it")
+    process.kill()
+    process.communicate()
+    with locks.alone(tmp_path):
+        pass
+
+
+def test_of_another_host_the_lock_counts_while_it_is_touched(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.2)
+    path = tmp_path / ".lock"
+    written(path, {"pid": 1, "began": 1}, host="node7")
+    beating = threading.Event()
+
+    def touch():
+        while not beating.wait(0.05):
+            os.utime(path)
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        with pytest.raises(ValueError, match="process 1 of host node7"):
+            with locks.alone(tmp_path):
+                pytest.fail("node7 works there")
+    finally:
+        beating.set()
+        thread.join()
+    with locks.alone(tmp_path):  # gone
+        assert json.loads(path.read_text())["host"] == socket.gethostname()
+        before = path.stat().st_mtime_ns
+        time.sleep(0.5)
+        assert path.stat().st_mtime_ns > before
+
+
+@pytest.mark.parametrize("text", ["", "[]", "1", '{"host": 1}', '{"host": "a"}', "\x00\x00", "{"])
+def test_a_lock_that_cannot_be_read_is_stale(tmp_path, text):
+    (tmp_path / ".lock").write_text(text)
+    with locks.alone(tmp_path):
+        pass

@@ -184,9 +184,8 @@ def _meta(root: Path, case: str) -> dict[str, Any] | None:
     except (ValueError, OSError):
         return None
     source = meta.get("source")
-    dicts = isinstance(source, dict) and [source.get("settings"), source.get("files")]
-    whole = dicts and all(isinstance(d, dict) for d in (*dicts, meta.get("hashes")))
-    return meta if whole else None
+    whole = isinstance(source, dict) and isinstance(source.get("settings"), dict)
+    return meta if whole and "files" in source else None
 
 
 def _clear(root: Path) -> None:

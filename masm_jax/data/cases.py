@@ -180,7 +180,8 @@ def _by_convention(
 
 def _matchers(convention: Convention) -> list[tuple[str | None, re.Pattern]]:
     """(modality or None for the segmentation, pattern of the whole path) of a convention."""
-    flags = re.IGNORECASE if convention.ignore_case else 0
+    flags = re.DOTALL  # a folder may be called anything, and its cases are to be listed
+    flags |= re.IGNORECASE if convention.ignore_case else 0
     # Modalities of one 4-D file share a pattern: the first stands for all.
     shared = convention.modalities[:1] if convention.channels else convention.modalities
     wanted = [(m, p) for m in shared for p in convention.files[m]]

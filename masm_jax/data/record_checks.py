@@ -95,8 +95,9 @@ def index_fault(index: Mapping[str, Any]) -> str:
     for key, kind in (("modalities", list), ("regions", dict), ("cases", list)):
         if not isinstance(index.get(key), kind):
             return f"{key} = {index.get(key)!r:.100}, expected a {kind.__name__}"
-    if not isinstance(index.get("pairs", []), list):
-        return f"pairs = {index['pairs']!r:.100}, expected a list"
+    pairs = index.get("pairs", [])
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) for pair in pairs):
+        return f"pairs = {pairs!r:.100}, expected a list of lists"
     spacing = index.get("spacing", "missing")
     if not (spacing is None or _is_number(spacing) and 0 < spacing < 1e6):
         return f"spacing = {spacing!r:.100}, expected mm, or null"
@@ -128,8 +129,18 @@ def _meta_fault(content: Mapping[str, Any]) -> str:
         return f"segmentation = {content['segmentation']!r:.100}, a path or null"
     if not all(isinstance(path, str) for path in content["files"].values()):
         return "files are no paths"
-    if not all(isinstance(content[key], dict) for key in ("labels", "paint", "regions")):
-        return "labels, paint or regions are no tables"
+    for key in ("labels", "paint"):
+        if not all(type(value) is int and 0 <= value < 256 for value in content[key].values()):
+            return f"{key} = {content[key]!r:.100}, label values"
+    if not all(0 < int(value) < 256 for value in content["labels"]):
+        return f"labels = {content['labels']!r:.100}, label values as keys"
+    if list(content["paint"]) != list(content["regions"]):
+        return f"paint of {list(content['paint'])!r:.100}, the regions {list(content['regions'])}"
+    volumes = content["volumes_ml"]
+    if volumes is not None and not all(_is_number(volumes[name]) for name in content["regions"]):
+        return f"volumes_ml = {volumes!r:.100}, a number for each region"
+    if not all(isinstance(digest, str) for digest in content["hashes"].values()):
+        return f"hashes = {content['hashes']!r:.100}, text"
     return _regions_fault(content["regions"])
 
 

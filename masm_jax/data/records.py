@@ -14,7 +14,7 @@ import numpy as np
 
 from masm_jax.data import conventions, record_checks
 from masm_jax.data.preprocess import Record
-from masm_jax.files import name_fault, read_json, replacing
+from masm_jax.files import as_path, name_fault, read_json, replacing
 
 VERSION = 1
 FOREGROUND_SAMPLES = 10_000  # voxels kept per region as possible crop centres
@@ -240,6 +240,29 @@ def split(cases: Sequence[str], rule: str, seed: int) -> dict[str, list[str]]:
             "expected at least one each; correct the list"
         )
     return {part: sorted(members) for part, members in parts.items()}
+
+
+def read_split(workdir: Path | str) -> dict[str, list[str]]:
+    """Reads the split.json of a run.
+
+    Args:
+        workdir: Folder of the run.
+
+    Returns:
+        ``train``, ``val`` and ``test``, each a list of ids.
+
+    Raises:
+        ValueError: It is missing or damaged, or names something that is no case.
+    """
+    path, fix = as_path(workdir) / "split.json", "restore it from a copy of the run"
+    parts = read_json(path, fix)
+    for part, members in parts.items():
+        if not isinstance(members, list):
+            found = type(members).__name__
+            raise ValueError(f"{path}: {part} is a {found}, expected a list; {fix}")
+        for fault in filter(None, map(name_fault, members)):
+            raise ValueError(f"{path}: {part}: {fault}; {fix}")
+    return {part: parts.get(part, []) for part in ("train", "val", "test")}
 
 
 def _fold(cases: list[str], fold: int, folds: int, seed: int) -> dict[str, list[str]]:

@@ -76,6 +76,8 @@ def score(segmented: Segmented) -> Scored:
     try:
         with segmented.clock.stage("report"):
             _show(segmented, regions)
+    except (ValueError, OSError) as error:  # a damaged record
+        problem = f"scored, but not drawn: {error}"
     except Exception:  # the numbers are worth more than the picture
         problem = f"scored, but not drawn: {traceback.format_exc().strip()}"
     rows, lesions = [], []

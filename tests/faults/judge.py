@@ -12,9 +12,9 @@ import warnings
 import numpy as np
 
 from masm_jax import predict, prepare, runtime
-from masm_jax.data import conventions, nifti, records
-from masm_jax.inference.volume import Settings
-from tests.faults.kinds import FAILS, KINDS, WORKS
+from masm_jax.data import nifti, records
+from tests.faults import runs
+from tests.faults.kinds import EITHER, FAILS, KINDS, WORKS
 from tests.faults.made import Case
 
 HANDLED, CLEAR = "handled rightly", "clear error"
@@ -23,20 +23,8 @@ BAD = (
     "WRONGLY REFUSED",
 )  # fmt: skip
 OUTCOMES = (HANDLED, CLEAR, *BAD)
+FIXES = (";", "expected", "use the version")  # what a message with a fix has
 LIMIT = 2 << 30  # bytes of memory over what the process held before
-
-
-class Network:
-    """Stands for a trained run: where the first modality is bright is tumour."""
-
-    settings = Settings(
-        modalities=conventions.MODALITIES, regions=conventions.REGIONS, patch=(8, 8, 8),
-        overlap=0.5, batch=1, flips=(), threshold=(0.5,), largest_component=False,
-        fill_holes=False, minimum_ml=0.0,
-    )  # fmt: skip
-
-    def probabilities(self, image, progress=None, present=None):
-        return np.repeat((image[:1] > 0.5).astype(np.float32), 3, 0)
 
 
 def made_input(kind: str, seed: int) -> tuple[Case, str]:
@@ -46,11 +34,45 @@ def made_input(kind: str, seed: int) -> tuple[Case, str]:
 
 
 def judge(kind: str, seed: int, sandbox: pathlib.Path) -> tuple[str, str]:
-    """Makes an input in an empty folder, runs both commands on it and judges.
+    """Makes an input in an empty folder, runs the commands that read it and judges.
 
     Returns:
         One of OUTCOMES, and what was said.
     """
+    return (_judge_run if kind in runs.SPOILT else _judge_scans)(kind, seed, sandbox)
+
+
+def _judge_run(kind, seed, sandbox):
+    """A run and its records are spoilt, then evaluated, then prepared again."""
+    root, out = sandbox / "set", sandbox / "o" / "p"
+    out.mkdir(parents=True)
+    runs.make(root)
+    expected = runs.SPOILT[kind](root, np.random.default_rng([seed, *kind.encode()]))
+    before, said, worst = _outside(sandbox, out), [], HANDLED
+    again = [f"--input={root / 'raw'}", f"--output={root / 'records'}", "--workers=1"]
+    for name, run, wanted in (
+        ("eval", lambda *_: runs.evaluate(root, out / "predicted"), expected),
+        ("prepare", lambda *_: prepare.main(again), EITHER),
+    ):
+        base = _peak(reset=True)
+        outcome, text = _ran(run, root, out, [], None, wanted, str(sandbox))
+        if _peak() - base > LIMIT:
+            outcome = "MEMORY"
+        if any(path.name.endswith((".tmp", ".old")) for path in sandbox.rglob("*")):
+            outcome = "HALF-WRITTEN"
+        if name == "prepare" and outcome == HANDLED:
+            _read_records(root / "records")
+        worst = max(worst, outcome, key=OUTCOMES.index)
+        said.append(f"{name}: {outcome}: {text.strip()}")
+        new = {p for p in _outside(sandbox, out) - before if root / "records" not in p.parents}
+        if new or pathlib.Path("CODE_RAN").exists():
+            worst = "ESCAPED"
+            said.append(f"{sorted(new)[:3]}")
+    return worst, "\n".join(said)
+
+
+def _judge_scans(kind, seed, sandbox):
+    """Files below an input folder are spoilt, then prepared and predicted."""
     raw, kept, out = sandbox / "raw", sandbox / "o" / "keep.txt", sandbox / "o" / "p"
     out.mkdir(parents=True)
     raw.mkdir()
@@ -99,7 +121,7 @@ def _ran(run, raw, out, flags, spacing, expected, place):
         return ("WRONGLY TAKEN" if expected == FAILS else HANDLED), text
     if expected == WORKS:
         return "WRONGLY REFUSED", text
-    if code not in (1, 3) or place not in text or ";" not in text:
+    if code not in (1, 3) or place not in text or not any(word in text for word in FIXES):
         return "UNCLEAR", f"exit code {code}: {text}"
     if "\x1b" in text or "\u202e" in text or max(map(len, text.splitlines())) > 3000:
         return "UNCLEAR", text
@@ -127,7 +149,7 @@ def _prepare(raw, out, flags, spacing):
 def _predict(raw, out, flags, spacing):
     meta = {"spacing": spacing, "step": 1}
     before = predict.load_run, runtime.start
-    predict.load_run = lambda workdir, which, given: (Network(), meta)
+    predict.load_run = lambda workdir, which, given: (runs.Network(), meta)
     runtime.start = lambda: None
     try:
         return predict.main(

@@ -293,10 +293,8 @@ def _renamed(case, name, folder="set"):
 def _names(case):
     names = [
         "Case 1", " Case", "Käse", "患者", "🧠", "=1+1", "+Case", "-Case", "@Case", "a'b", 'a"b',
-        "$HOME",
         "<script>alert(1)<", "&amp;", "%s%d", "{case}", "Case*", "[Case]", "Case;ls", "`ls`", "~",
-        "#",
-        "C:ase", "null", "0/5".replace("/", ","), "a" * 180,
+        "#", "C:ase", "null", "$HOME", "0,5", "a" * 180,
     ]  # fmt: skip
     _renamed(case, str(case.rng.choice(names)))
     return WORKS
@@ -306,8 +304,7 @@ def _names(case):
 def _bad_names(case):
     names = [
         "Ca\nse", "Ca\rse", "Ca\tse", "\x1b[31mred", "Ca\x7fse", os.fsdecode(b"Ca\xffse"),
-        "a" * 230,
-        "dataset.json", "Ca\u2028se", "Ca\u202ese", "back\\slash",
+        "a" * 230, "dataset.json", "Ca\u2028se", "Ca\u202ese", "back\\slash",
     ]  # fmt: skip
     _renamed(case, str(case.rng.choice(names)))
     return FAILS
@@ -405,8 +402,8 @@ def _meanwhile(case):
 # ---------------------------------------------------------------- what describes a set
 
 
-_ODD = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], [None], {"": None}, float("nan")]
-_ODD += ["../x"]
+_ODD = [None, True, -1, 1e308, 2**70, "", "x", [], {}, [[]], [None], {"": None}, "../x"]
+_ODD += [float("nan"), "*" * 30]
 
 
 def _spoilt(value, rng, places=2):
@@ -436,7 +433,7 @@ def _description(case):
     which = int(rng.integers(8))
     if which == 0:
         texts = [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b"1", b'"x"']
-        text = texts[rng.integers(8)]
+        text = texts[rng.integers(len(texts))]
     elif which == 1:
         name = str(rng.choice(["../../out", "file", "a/b", "", "\n", ".", "x" * 300]))
         text = json.dumps(described | {"regions": {name: [1, 2, 4]}, "paint": {name: 2}}).encode()
@@ -455,11 +452,10 @@ def _decathlon(case):
         "imagesTr/Case.nii.gz": zipped(made.packed(array, "int16")),
         "labelsTr/Case.nii.gz": zipped(made.packed(np.minimum(made.label_values(), 3), "uint8")),
     }
+    names = ("background", "edema", "non-enhancing tumor", "enhancing tumour")
     content = {
         "modality": {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"},
-        "labels": {
-            "0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour",
-        },
+        "labels": {str(value): name for value, name in enumerate(names)},
     }
     case.files["dataset.json"] = _spoilt(content, rng, int(rng.integers(3)))
     return EITHER

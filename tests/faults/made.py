@@ -120,8 +120,7 @@ class Case:
 
     def image(self) -> str:
         """One of its images by chance."""
-        images = [path for path in self.files if not path.endswith("seg.nii.gz")]
-        return str(self.rng.choice(images))
+        return str(self.rng.choice([path for path in self.files if "_seg" not in path]))
 
     def any(self) -> str:
         """One of its files by chance."""

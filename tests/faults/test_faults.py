@@ -1,0 +1,56 @@
+"""A sample of the bad inputs; ``python -m tests.faults.run`` makes as many as one likes."""
+
+import pytest
+
+from tests.faults import judge, run
+from tests.faults.kinds import KINDS
+from tests.faults.runs import SPOILT
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory):
+    """The watched process that judges inputs: a hang ends it, and not the tests."""
+    with run.Watched(tmp_path_factory.mktemp("faults")) as watched:
+        yield watched
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *SPOILT])
+def test_one_input_of_every_kind(worker, kind):
+    outcome, said = worker.judge(kind, 11)
+    assert outcome in (judge.HANDLED, judge.CLEAR), f"{outcome}: {said}"
+
+
+def test_the_judge_sees_what_is_wrong(tmp_path):
+    """Outcomes that no input has any more must still be found."""
+
+    def raises(*_):
+        raise KeyError("x")
+
+    def says(code, text):
+        def command(*_):
+            print(text)
+            return code
+
+        return command
+
+    def outcome(command, expected):
+        place = str(tmp_path)
+        return judge._ran(command, tmp_path, tmp_path, [], None, expected, place)[0]
+
+    named = f"{tmp_path}: bad; mend it"
+    assert outcome(raises, "either") == "TRACEBACK"
+    assert outcome(says(3, f"{named}\nTraceback (most recent call last)"), "fails") == "TRACEBACK"
+    assert outcome(says(0, ""), "fails") == "WRONGLY TAKEN"
+    assert outcome(says(3, named), "works") == "WRONGLY REFUSED"
+    assert outcome(says(1, "bad; mend it"), "fails") == "UNCLEAR"
+    assert outcome(says(1, named + "\x1b[31m"), "fails") == "UNCLEAR"
+    assert outcome(says(1, named), "fails") == judge.CLEAR
+    (tmp_path / "records" / "A").mkdir(parents=True)
+    (tmp_path / "records" / "A" / "image.npy").write_bytes(b"")
+    assert judge._left(tmp_path, judge.CLEAR) == "HALF-WRITTEN"
+
+
+def test_an_input_is_made_from_its_seed_alone():
+    for kind in ("header: random bytes", "stream: cut off", "labels: none"):
+        (one, _), (two, _), (other, _) = (judge.made_input(kind, seed) for seed in (3, 3, 4))
+        assert one.files == two.files and one.files != other.files
