@@ -85,13 +85,13 @@ bench-tools: interpreter
 # ---------------------------------------------------------------- checks
 
 test: test-tools
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: test-tools
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 # ---------------------------------------------------------------- demo
 

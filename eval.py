@@ -98,9 +98,7 @@ def evaluate(workdir, output, roll):
     # Segmented here, on the device, while worker processes compare the cases before.
     rows, lesions, failed, grids, took = [], [], {}, set(), []
     own = cases[jax.process_index() :: jax.process_count()]
-    jobs = _segmented(
-        segmenter, records, own, references, output, failed, config.evaluation, views
-    )
+    jobs = _segmented(segmenter, records, own, references, output, failed, config.evaluation, views)
     began = time.perf_counter()
     try:
         for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):

@@ -191,9 +191,7 @@ class Checkpoints:
         wanted = _by_path(params)
         for name in sorted(saved.keys() | wanted.keys()):
             has, needs = (
-                "none"
-                if (leaf := tree.get(name)) is None
-                else f"{tuple(leaf.shape)} {leaf.dtype}"
+                "none" if (leaf := tree.get(name)) is None else f"{tuple(leaf.shape)} {leaf.dtype}"
                 for tree in (saved, wanted)
             )
             if has != needs:

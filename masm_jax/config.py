@@ -171,7 +171,9 @@ def validate(config):
         except ValueError as error:
             faults.append(f"config.model.{error}")
     check(
-        set(model.shift_extras) <= set(EXTRAS), "model.shift_extras", tuple(model.shift_extras),
+        set(model.shift_extras) <= set(EXTRAS),
+        "model.shift_extras",
+        tuple(model.shift_extras),
         "some of " + ", ".join(EXTRAS),
     )
     if not faults:

@@ -146,9 +146,7 @@ def _claim(root: pathlib.Path, *, spacing: float, seed: int) -> None:
         )
 
 
-def _write(
-    root: pathlib.Path, name: str, seed: int, index: int, spacing: float
-) -> tuple[str, str]:
+def _write(root: pathlib.Path, name: str, seed: int, index: int, spacing: float) -> tuple[str, str]:
     """Simulates and writes one case: the folder appears complete or not at all.
 
     Returns:

@@ -66,9 +66,7 @@ class Plan:
 def step_function(network, mesh):
     """The training step as it is run: its results are on every device, the state is reused."""
     everywhere = sharding.replicated(mesh)
-    return jax.jit(
-        train_step(network), donate_argnums=0, out_shardings=(everywhere, everywhere)
-    )
+    return jax.jit(train_step(network), donate_argnums=0, out_shardings=(everywhere, everywhere))
 
 
 def lowered(network, mesh, batch_size):

@@ -316,9 +316,7 @@ def test_cases_that_were_trained_on_are_named_and_old_files_go(straight, command
     (output / "figures").mkdir(parents=True)
     (output / "figures" / "pruning_of_another_run.png").write_text("old")
     flags = ("--set=evaluation.styles=()", "--set=infer.overlap=0", "--workers=0")
-    said = command(
-        "eval.py", f"--workdir={straight}", "--split=all", f"--output={output}", *flags
-    )
+    said = command("eval.py", f"--workdir={straight}", "--split=all", f"--output={output}", *flags)
     assert "3 of 4 cases were trained on" in said.stderr
     summary = json.loads((output / "summary.json").read_text())
     assert summary["trained_on"] == CASES[:3] and summary["cases"] == 4

@@ -144,7 +144,7 @@ class Slice:
 
 
 def parse(topology):
-    """"v5e:4x4" -> Slice.
+    """ "v5e:4x4" -> Slice.
 
     Raises:
       ValueError: no such chip, or it is not made in that shape.

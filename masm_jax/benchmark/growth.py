@@ -157,9 +157,7 @@ def network(point, size, config):
 def count(point, args):
     """{"infer", "train": multiply-adds of a call}."""
     ours = network(point, args.network, args.config)
-    built = jax_side.network(
-        ours, patch=point.patch, batch=1, dtype=args.dtype, config=args.config
-    )
+    built = jax_side.network(ours, patch=point.patch, batch=1, dtype=args.dtype, config=args.config)
     calls = jax_side.calls(built)
     return {
         mode: point.batch * counting.total(counting.macs(*calls[call]))

@@ -105,7 +105,7 @@ class Finder:
 
 
 def _short(function):
-    """"train_step.<locals>.step" -> "step"; "ConvNorm.__call__" -> "ConvNorm"."""
+    """ "train_step.<locals>.step" -> "step"; "ConvNorm.__call__" -> "ConvNorm"."""
     names = [name for name in function.split(".") if not name.startswith(("<", "__"))]
     return names[-1] if names else function
 

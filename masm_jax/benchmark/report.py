@@ -83,9 +83,7 @@ def build(facts, traffic, *, where, samples, spatial, movers):
         samples=samples,
     )
     everywhere = {where.chips, where.chips // spatial}
-    growing = [
-        c for c in traffic.collectives if c.kind == "all-reduce" and c.group in everywhere
-    ]
+    growing = [c for c in traffic.collectives if c.kind == "all-reduce" and c.group in everywhere]
     others = [c for c in traffic.collectives if c not in growing]
     reduced = sum(c.bytes for c in growing)
     scaling = roofline.weak_scaling(

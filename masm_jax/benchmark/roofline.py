@@ -49,9 +49,7 @@ def roofline(where, *, flops, hbm_bytes, collectives, samples):
     times = {
         "compute": flops / where.chip.peak_flops,
         "memory": hbm_bytes / where.chip.hbm_bandwidth,
-        "interconnect": sum(
-            exchange_seconds(where, c.kind, c.bytes, c.group) for c in collectives
-        ),
+        "interconnect": sum(exchange_seconds(where, c.kind, c.bytes, c.group) for c in collectives),
     }
     bound = max(times, key=times.get)
     seconds = times[bound]

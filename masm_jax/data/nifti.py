@@ -27,9 +27,7 @@ _FOLLOWS = 1 << 20  # bytes that may follow the voxels
 _BEFORE = 1 << 26  # bytes that may come before them: header and extensions
 
 
-def read(
-    path: Path | str, *, voxels: int = 0
-) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
+def read(path: Path | str, *, voxels: int = 0) -> tuple[np.ndarray, np.ndarray, nib.Nifti1Header]:
     """Reads a NIfTI-1 or NIfTI-2 file, ``.nii`` or ``.nii.gz``.
 
     The whole file is read at once: so the checksum of a gzip file is compared, which a reader that

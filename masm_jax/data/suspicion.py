@@ -121,9 +121,7 @@ def mapping_doubts(tissue: Mapping[str, Mapping[str, float]]) -> list[str]:
     return doubts
 
 
-def _shifted(
-    image: np.ndarray, modalities: Sequence[str], spacing: Sequence[float]
-) -> list[str]:
+def _shifted(image: np.ndarray, modalities: Sequence[str], spacing: Sequence[float]) -> list[str]:
     """Modalities that fit the first one better a step of 4 mm aside."""
     shape = tuple(max(4, round(n * s / STEP_MM)) for n, s in zip(image.shape[1:], spacing))
     coarse = [resample(np.clip(volume, -4, 4), shape) for volume in image]

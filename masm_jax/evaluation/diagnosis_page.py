@@ -27,9 +27,7 @@ figure img {{ max-width: 100%; }}</style></head><body><header><h1>{title}</h1>
 """
 
 
-def write(
-    path: pathlib.Path, found: Mapping[str, Any], log: Sequence[Mapping[str, float]]
-) -> None:
+def write(path: pathlib.Path, found: Mapping[str, Any], log: Sequence[Mapping[str, float]]) -> None:
     """Write the page, whole or not at all.
 
     Args:

@@ -130,9 +130,7 @@ def masks(
             findings.append(Finding(what, LOOK, seen, _milder()))
         elif brain > 0.999:
             findings.append(
-                Finding(
-                    what, FINE, seen + ": nothing is pruned here without the noise of training"
-                )
+                Finding(what, FINE, seen + ": nothing is pruned here without the noise of training")
             )
         else:
             findings.append(Finding(what, FINE, seen))

@@ -180,9 +180,7 @@ def pictures(listed: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[
 def run(about: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     """Where the numbers come from: command, device, versions, the whole configuration."""
     tables = [_table([], _flat(about))]
-    tables.append(
-        f"<details><summary>Configuration</summary>{_table([], _flat(config))}</details>"
-    )
+    tables.append(f"<details><summary>Configuration</summary>{_table([], _flat(config))}</details>")
     return _section("run", "".join(tables), "run")
 
 

@@ -189,9 +189,7 @@ def _statistics(values: Iterable[float | None]) -> dict[str, float | int | None]
     }
 
 
-def _cell(
-    statistics: Mapping[str, Any] | None, decimals: int, with_median: bool = False
-) -> str:
+def _cell(statistics: Mapping[str, Any] | None, decimals: int, with_median: bool = False) -> str:
     """For example "0.862 +- 0.042 (0.850)": mean, standard deviation, median, as far as there."""
     if not statistics or statistics["mean"] is None:
         return "-"

@@ -245,6 +245,7 @@ def check_task(meta, *, modalities, regions, spacing, where):
     Raises:
       ValueError: they differ.
     """
+
     def comparable(modalities, regions, spacing):
         # Of regions the order counts too: outer to inner.
         regions = [(name, sorted(values)) for name, values in regions.items()]

@@ -79,9 +79,7 @@ class AwareMixer(nnx.Module):
         self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 
-    def __call__(
-        self, x, depth, key=None, temperature=1.0, noise=1.0, share=1.0, present=None
-    ):
+    def __call__(self, x, depth, key=None, temperature=1.0, noise=1.0, share=1.0, present=None):
         """Mix the pairs.
 
         Args:

@@ -159,9 +159,7 @@ class MASM(nnx.Module):
                 level_key = None
                 if key is not None:
                     level_key = jax.vmap(jax.random.fold_in, (0, None))(key, level)
-                options = dict(
-                    key=level_key, temperature=temperature, noise=noise, present=present
-                )
+                options = dict(key=level_key, temperature=temperature, noise=noise, present=present)
                 if name == "aware":
                     mixer = functools.partial(self.mixers[_key(level)], depth=depth, share=share)
                     x, kept = wrap(mixer)(x, **options)

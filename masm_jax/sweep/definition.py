@@ -1,7 +1,7 @@
 """A sweep as its file says it: rows, seeds, and the config of every run, checked before any runs.
 
-    WORKDIR/ROW/seed-S/          what train.py writes, log.txt, cost.json
-    WORKDIR/ROW/seed-S/eval/     what eval.py writes
+WORKDIR/ROW/seed-S/          what train.py writes, log.txt, cost.json
+WORKDIR/ROW/seed-S/eval/     what eval.py writes
 """
 
 import dataclasses

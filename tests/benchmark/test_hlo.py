@@ -75,7 +75,7 @@ def test_where_an_operation_was_traced(program):
 def test_quotes_in_the_name_of_an_operation():
     text = (
         "HloModule m\n\nENTRY %main (p: f32[2]) -> f32[2] {\n  ROOT %p = f32[2]{0} parameter(0), "
-        "metadata={op_name=\"state[\\'params\\'][\\\"a\\\"]\"}\n}\n"
+        'metadata={op_name="state[\\\'params\\\'][\\"a\\"]"}\n}\n'
     )
     (parameter,) = hlo.parse(text).computations["main"].values()
     assert parameter.op_name == "state[\\'params\\'][\\\"a\\\"]"

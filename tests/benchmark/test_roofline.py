@@ -20,9 +20,7 @@ def test_seconds_of_collectives():
 def test_the_longest_of_three_bounds_the_step():
     def bound(flops, size, payload):
         gradient = [Collective("a", "all-reduce", payload, 16, 1)]
-        return roofline.roofline(
-            V5E, flops=flops, hbm_bytes=size, collectives=gradient, samples=4
-        )
+        return roofline.roofline(V5E, flops=flops, hbm_bytes=size, collectives=gradient, samples=4)
 
     memory = bound(197e10, 819e8, 1e8)  # 10 ms, 100 ms, 1.875 ms
     assert memory["bound"] == "memory"

@@ -91,9 +91,7 @@ def losses(workdir):
     """{step: (loss, ...)}."""
     lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     names = ("train/loss", "train/dice_loss", "train/cross_entropy", "train/ratio_loss")
-    return {
-        line["step"]: [line[name] for name in names] for line in lines if "train/loss" in line
-    }
+    return {line["step"]: [line[name] for name in names] for line in lines if "train/loss" in line}
 
 
 def saved(workdir):

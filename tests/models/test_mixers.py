@@ -179,9 +179,7 @@ def test_another_grid_is_refused():
 
 def test_the_decoder_starts_without_a_checkerboard():
     """Equal inputs to every cell of the stem give logits that are constant over its 2^3 voxels."""
-    decoder = Decoder(
-        (4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0)
-    )
+    decoder = Decoder((4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0))
     random = np.random.default_rng(0)
     skips = []
     for n, c in ((4, 4), (2, 6), (1, 8)):  # n x 2n x 2n
