@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help interpreter venv test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
+.PHONY: help interpreter venv lock audit test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -24,7 +24,8 @@ help:
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
 	@echo "make lint          ruff"
-	@echo "make venv          set up $(VENV) with requirements.txt; PYTHON=/path/to/python3.12 chooses a Python"
+	@echo "make audit         ask PyPI for known vulnerabilities of what requirements.lock pins"
+	@echo "make venv          set up $(VENV) with requirements.lock; PYTHON=/path/to/python3.12 chooses a Python"
 	@echo "make tpu-env       set up $(TPU_VENV): the TPU compiler, for a machine without a TPU"
 	@echo "make bench-env     set up $(BENCH_VENV): torch and MONAI, for a comparison with their networks"
 	@echo "make clean         remove demo/ and caches; $(VENV), records/ and runs/ stay"
@@ -54,10 +55,20 @@ define install
 	echo "$$sum" > "$$stamp"
 endef
 
+# By hash; the test tools come after it, and cannot change its versions (requirements-test.txt).
 venv: interpreter
-	$(call install,requirements.txt,requirements.txt,about 1.1 GB)
+	$(call install,requirements.lock,requirements.lock,about 1.1 GB)
 
-test-tools: interpreter
+# After a change of requirements.txt: all packages that it brings, with the hashes of their files.
+lock: interpreter
+	$(PY) -m pip install --quiet uv==0.13.9
+	$(PY) -m uv pip compile --quiet --universal --python-version=3.11 --generate-hashes \
+	  --custom-compile-command="make lock" requirements.txt -o requirements.lock
+
+audit: test-tools
+	$(PY) -m scripts.audit
+
+test-tools: venv
 	$(call install,requirements-test.txt,requirements.txt requirements-test.txt,about 2 GB (1 GB of it torch; more with CUDA))
 	@# The report is tested in a browser: CHROMIUM=/path chooses one, without any the test skips.
 	@for b in "$$CHROMIUM" chromium google-chrome; do command -v "$$b" >/dev/null && exit 0; done; \
@@ -86,6 +97,7 @@ bench-tools: interpreter
 
 test: test-tools
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m scripts.audit
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)

@@ -147,23 +147,36 @@ def test_stopped_and_continued_is_the_same_run(straight, stopped, train, tmp_pat
 
 
 def test_killed_and_continued_is_the_same_run(straight, train, words, command_line, tmp_path):
+    """SIGTERM, then -9 in the run that goes on; thirty of them: python -m tests.faults.kills."""
     workdir = tmp_path / "killed"
     start, options = command_line
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen([*start, *words, f"--workdir={workdir}"], **options, stderr=said)
-        try:
-            path = workdir / "metrics.jsonl"
-            while process.poll() is None and not (path.is_file() and path.read_text()):
-                time.sleep(0.02)
-            process.send_signal(signal.SIGTERM)
-            code = process.wait(timeout=300)
-        finally:
-            process.kill()
-    said = (tmp_path / "said").read_text()
+    log = workdir / "metrics.jsonl"
+
+    def killed_by(number):
+        """Once it has written a line."""
+        before = log.stat().st_mtime_ns if log.is_file() else 0
+        with open(tmp_path / "said", "w") as said:
+            process = subprocess.Popen(
+                [*start, *words, f"--workdir={workdir}"], **options, stderr=said
+            )
+            try:
+                while process.poll() is None and not (
+                    log.is_file() and log.stat().st_mtime_ns > before and log.read_text()
+                ):
+                    time.sleep(0.02)
+                process.send_signal(number)
+                code = process.wait(timeout=300)
+            finally:
+                process.kill()
+        return code, (tmp_path / "said").read_text()
+
+    code, said = killed_by(signal.SIGTERM)
     assert code == 75, said
     assert "SIGTERM: finishing the step and saving" in said
     (step,) = saved(workdir)
     assert 1 <= step < STEPS and list(logged(workdir)) == list(range(1, step + 1))
+    code, said = killed_by(signal.SIGKILL)
+    assert code == -signal.SIGKILL and f"continuing at step {step}" in said
     train(workdir)
     assert_same_run(straight, workdir)
 

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -60,3 +61,21 @@ def test_no_module_runs_what_it_reads():
 ])  # fmt: skip
 def test_the_check_can_fail(text):
     assert list(faults("a.py", ast.parse(text)))
+
+
+# ---------------------------------------------------------------- dependencies
+
+
+def pins(text):
+    return dict(re.findall(r"^([A-Za-z0-9_-]+)==([^ \\\n;]+)", text.lower(), re.MULTILINE))
+
+
+def test_the_lock_has_what_is_pinned_with_hashes():
+    root = PACKAGE.parent
+    asked = pins((root / "requirements.txt").read_text())
+    text = (root / "requirements.lock").read_text()
+    locked = pins(text)
+    assert asked.items() <= locked.items(), "make lock"
+    packages = re.findall(r"^[a-z0-9_-]+==.*(?:\n    .*)*", text, re.MULTILINE)
+    assert len(packages) >= len(locked) > len(asked)  # one may differ by system
+    assert all("--hash=sha256:" in package for package in packages)

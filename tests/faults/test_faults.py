@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults import judge, run
+from tests.faults import judge, kills, run
 from tests.faults.kinds import KINDS
 from tests.faults.runs import SPOILT
 
@@ -54,3 +54,23 @@ def test_an_input_is_made_from_its_seed_alone():
     for kind in ("header: random bytes", "stream: cut off", "labels: none"):
         (one, _), (two, _), (other, _) = (judge.made_input(kind, seed) for seed in (3, 3, 4))
         assert one.files == two.files and one.files != other.files
+
+
+def test_records_of_a_killed_prepare_are_whole_or_absent(phantoms, tmp_path, capsys):
+    (tmp_path / "raw").symlink_to(phantoms)
+    kills.kill_often(kills.Prepare(tmp_path), tmp_path / "prepare", kills=2, seed=0)
+    assert "| prepare | 2 |" in capsys.readouterr().out
+
+
+def test_a_difference_after_a_kill_is_seen(tmp_path):
+    for name in ("straight", "killed"):
+        (tmp_path / name / "A").mkdir(parents=True)
+        (tmp_path / name / "A" / "meta.json").write_text(name[:1] * 8)
+    target = kills.Prepare(tmp_path)
+    with pytest.raises(kills.Wrong, match="meta.json differs"):
+        target.check_whole(tmp_path / "straight", tmp_path / "killed")
+    (tmp_path / "killed" / "A" / "meta.json").unlink()
+    with pytest.raises(kills.Wrong, match="has the name of a record and is none"):
+        target.check_partial(tmp_path / "killed")
+    with pytest.raises(kills.Wrong, match="differ in"):
+        target.check_whole(tmp_path / "straight", tmp_path / "killed")
