@@ -28,7 +28,7 @@ from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
-from masm_jax.files import as_path, printable, replacing
+from masm_jax.files import as_path, printable, replacing, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import check_task, decoding, in_scan
 from masm_jax.parallel import in_order
@@ -291,8 +291,8 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
             with clock.stage("writing"):
                 nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
         except (ValueError, OSError) as error:
-            failed[case] = str(error)
-            log.error("%s failed: %s", case, error)
+            failed[case] = told(error)
+            log.error("%s failed: %s", case, failed[case])
             continue
         reference = references.get(case)
         source = meta["segmentation"]

@@ -230,7 +230,7 @@ def main(_):
     except ValueError as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(runtime.EXIT_USAGE)
-    readable = (ValueError, NonFinite, FileNotFoundError)
+    readable = (ValueError, NonFinite, OSError)
     limit = flags.FLAGS.start_timeout
     with processes.joined(place, limit=limit, readable=readable) as roll:
         holds = jax.process_index() == 0 and not _DRY_RUN.value

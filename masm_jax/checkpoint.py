@@ -5,7 +5,12 @@ WORKDIR/checkpoints/STEP/ holds the state and a small JSON of metadata. The newe
 that a run resumes on any number of devices.
 """
 
+import contextlib
+import errno
 import logging
+import os
+import re
+import shutil
 import zlib
 
 import jax
@@ -15,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from masm_jax.files import as_path
+from masm_jax.files import as_path, is_remote
 
 _log = logging.getLogger(__name__)
 
@@ -58,20 +63,27 @@ class Checkpoints:
     def save(self, step, state, *, dice, meta):
         """Start writing a checkpoint; it appears under its name once complete.
 
+        Raises:
+          OSError: it, or the one before it, could not be written.
+
         Args:
           step: steps done.
           state: the training state; safe to donate as soon as the call returns.
           dice: mean validation Dice, or None before the first validation.
           meta: JSON-able.
         """
-        written = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                meta=ocp.args.JsonSave(meta | {"step": step, "checksums": checksums(state)}),
-            ),
-            metrics={self._best: -1.0 if dice is None else dice},
-        )
+        if not is_remote(self.folder) and not self.folder.is_dir():
+            # Orbax would make it anew, on the disk below a mount that is gone.
+            raise FileNotFoundError(errno.ENOENT, "the folder of the run is gone", str(self.folder))
+        with self._writing():
+            written = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    meta=ocp.args.JsonSave(meta | {"step": step, "checksums": checksums(state)}),
+                ),
+                metrics={self._best: -1.0 if dice is None else dice},
+            )
         if not written:
             raise RuntimeError(
                 f"{self.folder}/{step} was not written: a checkpoint at or past step {step} "
@@ -108,7 +120,8 @@ class Checkpoints:
           abstract_state: shapes, dtypes and shardings, which need not be those of the saving run.
           roll: of the processes (masm_jax.processes): a checkpoint counts if all can read it.
           best: begin with the best by validation Dice.
-          put_aside: move broken ones out of the way, for whoever goes on to save.
+          put_aside: move broken ones out of the way, and remove what a killed run has left half
+            written; for whoever goes on to save.
 
         Returns:
           step, state, meta; or None, None, None where there is no checkpoint.
@@ -116,6 +129,9 @@ class Checkpoints:
         Raises:
           ValueError: there are some, and none is whole; or they are of another network.
         """
+        if put_aside and jax.process_index() == 0 and not is_remote(self.folder):
+            for unfinished in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         steps = sorted(self._manager.all_steps(), reverse=True)
         if best and steps:
             first = self.best()
@@ -214,8 +230,31 @@ class Checkpoints:
         )
 
     def wait(self):
-        """Block until what was started is on disk."""
-        self._manager.wait_until_finished()
+        """Block until what was started is on disk.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self):
+        """What goes wrong in Orbax's threads, in hundreds of lines, as one error of the system."""
+        try:
+            yield
+        except Exception as error:
+            code = re.search(r"os_error_code=\\*'(\d+)", str(error))
+            number = int(code[1]) if code else getattr(error, "errno", None)
+            why = os.strerror(number) if number else f"{type(error).__name__}: {error}"[:300]
+            kept = max(self._manager.all_steps(), default=None)
+            kept = "there is no older one" if kept is None else f"the newest is of step {kept}"
+            text = f"a checkpoint could not be written ({why}), {kept}"
+            raise (
+                OSError(number, text, str(self.folder))
+                if number
+                else OSError(f"{self.folder}: {text}")
+            ) from error
 
     def __enter__(self):
         return self
@@ -227,7 +266,8 @@ class Checkpoints:
 
     def close(self):
         """Wait and release."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
 
 def with_sharding(abstract_state, sharding):

@@ -22,7 +22,7 @@ from scipy import stats
 
 from masm_jax import runtime
 from masm_jax.evaluation import tables
-from masm_jax.files import replacing
+from masm_jax.files import replacing, told
 
 LOWER_IS_BETTER = ("hd95",)
 RESAMPLES = 10_000
@@ -235,7 +235,7 @@ def main(argv=None):
         a, b = (read(name) for name in names)
         rows = compare(a, b, [name.strip() for name in arguments.metrics.split(",")])
     except (ValueError, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
+        print(f"compare: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
     output = pathlib.Path(arguments.output)
     tables.write_metrics_csv(

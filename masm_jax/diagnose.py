@@ -27,7 +27,7 @@ from masm_jax import config as config_lib
 from masm_jax import runtime
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import diagnosis_page, findings, tables
-from masm_jax.files import as_path, replacing
+from masm_jax.files import as_path, replacing, told
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run
 from masm_jax.models.mosaic import learnt_edge
@@ -57,7 +57,7 @@ def main(argv=None):
     try:
         return _run(args)
     except (ValueError, OSError) as error:
-        print(f"diagnose: {error}", file=sys.stderr)
+        print(f"diagnose: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 import masm_jax
 from masm_jax import runtime, sharding
+from masm_jax.files import told
 from masm_jax.inference import exported
 from masm_jax.inference.volume import Settings, restore_run
 from masm_jax.models import conv
@@ -42,7 +43,7 @@ def main(argv=None):
             given=args.set if args.batch is None else [*args.set, f"infer.batch={args.batch}"],
         )
     except (ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
+        print(f"export: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
     return 0
 

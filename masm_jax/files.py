@@ -1,6 +1,7 @@
 """Files and folders that are there whole or not at all, on this machine or in a bucket."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -12,6 +13,23 @@ from typing import Any
 from etils import epath
 
 LONGEST_NAME = 200  # bytes; file systems take 255, and endings are put after it
+_SILENT = "see to the disk or to its mount"
+_RIGHTS = "change its rights, or name another place"
+_FIXES = {
+    errno.ENOSPC: "free space there, and start the same command again",
+    errno.EDQUOT: "free space there or get a larger quota, and start the same command again",
+    errno.EROFS: "name a place that can be written to",
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.ENOENT: "correct the path, or mount what it is on",
+    errno.ENOTDIR: "correct the path",
+    errno.EISDIR: "name a file",
+    errno.EMFILE: "raise the limit on open files (ulimit -n), or use fewer workers",
+    errno.EIO: _SILENT,
+    errno.ESTALE: _SILENT,
+    errno.ENOTCONN: _SILENT,
+    errno.ETIMEDOUT: _SILENT,
+}
 
 
 def as_path(place: str | os.PathLike) -> pathlib.Path:
@@ -49,6 +67,15 @@ def name_fault(name: str) -> str:
 def printable(text: str) -> str:
     """The text with control characters, and what is no UTF-8, as escapes: it may be anybody's."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def told(error: BaseException) -> str:
+    """What an error says to the user: one of the system's as place, what is wrong, and the fix."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    place = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
+    fix = _FIXES.get(error.errno)
+    return place + error.strerror + (f"; {fix}" if fix else "")
 
 
 def read_json(path: str | os.PathLike, fix: str, kind: type = dict) -> Any:
@@ -95,6 +122,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,6 +145,15 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             if old.exists():
                 os.rename(old, path)
             raise
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _named(error: OSError, path: pathlib.Path) -> OSError:
+    """The error with a file: writing to an open one does not say to which."""
+    if error.filename is not None or error.errno is None:
+        return error
+    return OSError(error.errno, error.strerror, str(path))

@@ -21,6 +21,7 @@ from masm_jax import config as config_lib
 from masm_jax import runtime
 from masm_jax.data import records
 from masm_jax.evaluation import tables
+from masm_jax.files import told
 
 DIFFER = ("data.split:", "seed:")  # what may differ between folds, beside what is free to change
 
@@ -94,7 +95,7 @@ def main(argv=None):
     try:
         rows, lesions, failed = gather(args.runs)
     except (ValueError, OSError) as error:
-        print(f"folds: {error}", file=sys.stderr)
+        print(f"folds: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
     output = pathlib.Path(args.output)
     summary = tables.summarise(rows)

@@ -78,8 +78,11 @@ class MetricLog:
         if not self._writes:
             return
         line = {"step": step} | {key: _finite(value) for key, value in values.items()}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._warn_of_keep_ratio(step, {k: v for k, v in line.items() if v is not None})
         if self._folder is None:
             return

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from masm_jax.data.simulate import VERSION, Phantom, simulate
-from masm_jax.files import replacing
+from masm_jax.files import replacing, told
 from masm_jax.parallel import in_order
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _claim(root, spacing=arguments.spacing, seed=arguments.seed)
     except (OSError, ValueError) as error:
-        logger.error("%s", error)
+        logger.error("%s", told(error))
         return 1
     logger.info("these cases are simulated phantoms: results on them are no BraTS results")
     names = {f"Phantom_{index:05d}": index for index in range(arguments.cases)}
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 failed += 1
                 logger.error("%s: %s", name, problem)
     except ValueError as error:
-        logger.error("%s", error)
+        logger.error("%s", told(error))
         return 1
     seconds = time.monotonic() - start
     logger.info("%s: %d cases, %d new in %.0f s", root, len(names) - failed, len(todo), seconds)
@@ -160,7 +160,7 @@ def _write(root: pathlib.Path, name: str, seed: int, index: int, spacing: float)
         save(simulate(seed, index, spacing=spacing), temporary, name=name)
         os.rename(temporary, root / name)
     except (OSError, ValueError, MemoryError) as error:
-        return name, f"{type(error).__name__}: {error}"
+        return name, f"{type(error).__name__}: {told(error)}"
     return name, ""
 
 

@@ -26,7 +26,7 @@ from masm_jax import runtime
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
-from masm_jax.files import name_fault, printable
+from masm_jax.files import name_fault, printable, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
 from masm_jax.inference.volume import check_task, decoding, in_scan, load_run
@@ -58,7 +58,7 @@ def main(argv=None):
     try:
         return _predict(args)
     except (ValueError, OSError) as error:
-        print(f"predict: {printable(str(error))}", file=sys.stderr)
+        print(f"predict: {printable(told(error))}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
 
@@ -112,8 +112,8 @@ def _predict(args):
             )  # fmt: skip
             volumes = _one(segmenter, case, meta, args)
         except (ValueError, OSError) as error:
-            failed[case.id] = str(error)
-            _log.error("%s failed: %s", case.id, error)
+            failed[case.id] = told(error)
+            _log.error("%s failed: %s", case.id, failed[case.id])
             continue
         _log.info(
             "%d/%d %s (%s)  %s  %.1f s",

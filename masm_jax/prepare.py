@@ -21,7 +21,7 @@ import tqdm
 
 from masm_jax import locks
 from masm_jax.data import build, cases, conventions
-from masm_jax.files import printable
+from masm_jax.files import printable, told
 
 
 class _Parser(argparse.ArgumentParser):
@@ -95,9 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error))
     except OSError as error:
-        return _fail(
-            f"{error.filename or flags.output}: {error.strerror}; correct the path or the rights"
-        )
+        return _fail(told(error))
     except (KeyboardInterrupt, _Stopped):
         print(
             "prepare: stopped; finished cases are kept, the same command goes on", file=sys.stderr

@@ -23,6 +23,7 @@ import traceback
 import jax
 import jaxlib
 
+from masm_jax.files import told
 from masm_jax.launch import Place, define_flags, detect
 from masm_jax.rollcall.roll import Roll
 from masm_jax.runtime import EXIT_ERROR, EXIT_SOME_FAILED, EXIT_STOPPED
@@ -60,7 +61,7 @@ def joined(place, *, limit=300.0, readable=(ValueError, FileNotFoundError)):
         if place and _ELSEWHERE.match(str(error)):  # a ValueError at times
             _failed_collective(roll, error)
         if isinstance(error, readable):
-            roll.fail(str(error))
+            roll.fail(told(error))
         if place and not (isinstance(error, SystemExit) and error.code in orderly):
             if isinstance(error, Exception):
                 traceback.print_exception(error)

@@ -30,6 +30,10 @@ def start(*, devices=0, cache=True):
     logging.getLogger("masm_jax").setLevel(logging.INFO)
     for library in ("absl", "jax", "orbax"):  # checkpointing alone says fifty lines a save
         logging.getLogger(library).setLevel(logging.ERROR)
+    # Where a disk is full: tracebacks by thread and by array. Checkpoints says it in a line.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
+    _quiet_closed_loops()
     _keep_memory()
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
@@ -38,6 +42,19 @@ def start(*, devices=0, cache=True):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs too: a training step comes with eighty, a second of compilation in all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _quiet_closed_loops():
+    """Where a write has failed, hundreds that are under way tell it to a loop that is closed."""
+    before = sys.unraisablehook
+    if before.__module__ == __name__:
+        return  # done
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _keep_memory():

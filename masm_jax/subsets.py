@@ -26,7 +26,7 @@ from masm_jax import runtime
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
-from masm_jax.files import replacing
+from masm_jax.files import replacing, told
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run
 
@@ -51,7 +51,7 @@ def main(argv=None):
     try:
         return _run(args)
     except (ValueError, OSError) as error:
-        print(f"subsets: {error}", file=sys.stderr)
+        print(f"subsets: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
 

@@ -2,15 +2,18 @@
 
 import functools
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from configs import masm_demo
 from masm_jax import optim, sharding
 from masm_jax.checkpoint import Checkpoints, checksums, with_sharding
+from masm_jax.files import told
 from masm_jax.processes import Solo
 
 META = {"modalities": ["t1", "flair"], "regions": {"WT": [1, 2, 3]}, "spacing": 2.0}
@@ -103,7 +106,7 @@ def test_the_state_may_be_donated_once_save_returns(open_checkpoints):
 
 
 def damage(folder, how):
-    """Of a checkpoint: one bit of the largest file, its second half, or all of the state."""
+    """A bit of its largest file flipped, the second half or all of that cut off, or no state."""
     if how == "gone":
         shutil.rmtree(folder / "state")
         return
@@ -111,14 +114,16 @@ def damage(folder, how):
     content = bytearray(largest.read_bytes())
     if how == "bit":
         content[len(content) // 2] ^= 4
-    largest.write_bytes(content if how == "bit" else content[: len(content) // 2])
+    kept = {"bit": len(content), "half": len(content) // 2, "empty": 0}[how]
+    largest.write_bytes(content[:kept])
 
 
-@pytest.mark.parametrize("how", ["bit", "half", "gone"])
+@pytest.mark.parametrize("how", ["bit", "half", "empty", "gone"])
 def test_a_broken_one_is_put_aside_and_the_one_before_taken(tmp_path, how):
     checkpoints = Checkpoints(tmp_path, keep=3)
     save_all(checkpoints, {1: 0.1, 2: 0.2, 3: 0.3})
     checkpoints.close()
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()  # of a run that was killed
     damage(tmp_path / "checkpoints" / "3", how)
     again = Checkpoints(tmp_path, keep=3)
     step, state, meta = again.restore_newest(abstract(new_state()), Solo(), put_aside=True)
@@ -151,6 +156,41 @@ def test_checksums_see_a_bit_and_a_swap():
     next_to_two = np.nextafter(np.float32(2), np.float32(3))
     nudged = {"a": state["a"].at[2].set(next_to_two), "b": state["b"]}
     assert checksums(nudged)["a"] != before["a"]
+
+
+def test_while_a_slow_disk_writes_the_one_before_is_the_newest(
+    open_checkpoints, tmp_path, monkeypatch
+):
+    written, real = threading.Event(), ocp.StandardCheckpointHandler.async_save
+
+    class Slow(ocp.future.Future):
+        def result(self, timeout=None):
+            assert written.wait(60)
+
+    async def slowly(self, *args, **kwargs):
+        return [*(await real(self, *args, **kwargs) or []), Slow()]
+
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {1: 0.1})
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", slowly)
+    checkpoints.save(2, new_state(2), dice=0.2, meta=META)  # comes back: training goes on
+    assert not (tmp_path / "checkpoints" / "2").exists()
+    assert open_checkpoints().latest() == 1  # what a run would find that starts now
+    written.set()
+    checkpoints.wait()
+    restored, _ = open_checkpoints().restore(2, abstract(new_state()))
+    assert_same(restored, new_state(2))
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(open_checkpoints, tmp_path):
+    """As where a mount goes away: what is saved would lie below it."""
+    checkpoints = open_checkpoints()
+    save_all(checkpoints, {1: 0.1})
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match="is gone") as error:
+        checkpoints.save(2, new_state(2), dice=0.2, meta=META)
+    assert told(error.value).endswith("correct the path, or mount what it is on")
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_best_and_the_latest_are_kept(open_checkpoints, tmp_path):

@@ -9,6 +9,8 @@ import argparse
 import importlib
 import sys
 
+from masm_jax.files import told
+
 COMMANDS = {
     "tpu": "compile a step for a TPU pod that is not there: memory, bytes, FLOPs, bounds",
     "plots": "draw what tpu has written",
@@ -41,7 +43,7 @@ def main(argv=None):
     try:
         return module.run(args)
     except (ValueError, OSError) as error:
-        print(f"benchmark {args.command}: {error}", file=sys.stderr)
+        print(f"benchmark {args.command}: {told(error)}", file=sys.stderr)
         return 1
 
 

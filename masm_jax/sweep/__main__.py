@@ -36,7 +36,7 @@ import jax
 from masm_jax import commands, runtime
 from masm_jax.benchmark import accuracy_report
 from masm_jax.commands import REPOSITORY, Stopped
-from masm_jax.files import replacing
+from masm_jax.files import replacing, told
 from masm_jax.locks import Lock
 from masm_jax.sweep import cost, definition, report
 
@@ -67,7 +67,7 @@ def main(argv=None):
     try:
         return _run(args)
     except (ValueError, OSError) as error:
-        print(f"sweep: {error}", file=sys.stderr)
+        print(f"sweep: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
 
 

@@ -20,6 +20,7 @@ from configs import masm_demo
 from masm_jax import config as config_lib
 from masm_jax import prepare
 from masm_jax.data import conventions
+from masm_jax.files import told
 from masm_jax.inference.volume import Settings
 from masm_jax.processes import Solo
 from tests.faults.made import Case, bomb, flipped
@@ -90,7 +91,7 @@ def evaluate(root: pathlib.Path, output: pathlib.Path, more=()) -> int:
     try:
         return command.evaluate(root / "run", output, Solo())
     except (ValueError, OSError) as error:
-        print(f"eval.py: {error}", file=sys.stderr)
+        print(f"eval.py: {told(error)}", file=sys.stderr)
         return 1
 
 
