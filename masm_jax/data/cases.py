@@ -139,9 +139,19 @@ def _files(root: Path) -> Iterator[Path]:
             continue
         visited.add(real)
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
-        for name in sorted(names):
+        empty = [f for f in folders if _NIFTI.search(f) and _is_no_folder(Path(folder, f), visited)]
+        for name in sorted([*names, *empty]):
             if _NIFTI.search(name) and not name.startswith("."):
                 yield Path(folder) / name
+
+
+def _is_no_folder(path: Path, visited: set[str]) -> bool:
+    """Of a folder named like a file: it stands for one, to be named as what cannot be read.
+
+    Some archives unpack to folders of that name with the file inside; those are folders.
+    """
+    inside = (name for _, _, names in os.walk(path) for name in names)
+    return os.path.realpath(path) in visited or not any(map(_NIFTI.search, inside))
 
 
 def _beside(folder: Path) -> list[Path]:

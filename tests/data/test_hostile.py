@@ -113,6 +113,16 @@ def test_pipes_devices_and_circles_are_named(tmp_path):
         nifti.read(tmp_path / "circle.nii")
 
 
+def test_a_folder_named_like_the_segmentation_is_named(make_case, tmp_path, capsys):
+    make_case("A")
+    segmentation = tmp_path / "raw" / "A" / "A_seg.nii.gz"
+    segmentation.unlink()
+    segmentation.mkdir()  # was a case without segmentation, without a word
+    flags = [f"--input={tmp_path / 'raw'}", f"--output={tmp_path / 'r'}", "--workers=1"]
+    assert prepare.main(flags) == 1
+    assert "A_seg.nii.gz: cannot be read" in capsys.readouterr().err
+
+
 def test_a_damaged_file_gives_no_geometry(tmp_path):
     like = tmp_path / "like.nii.gz"
     like.write_bytes(gzip.compress(GOOD)[:100])
