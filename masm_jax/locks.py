@@ -7,8 +7,10 @@ stays until somebody deletes the file, which the message says.
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import socket
@@ -17,6 +19,8 @@ import time
 
 from masm_jax.files import as_path, is_remote
 
+_log = logging.getLogger(__name__)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # flock() on Lustre, unless mounted with it
 BEAT = 20.0  # seconds between signs of life of who works alone in a folder
 
 
@@ -39,7 +43,17 @@ def alone(folder, *, holds=True):
         yield
         return
     lock = Lock(as_path(folder) / ".lock")
-    holder = lock.take()
+    try:
+        holder = lock.take()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning(
+            "%s: %s on this file system, where a second process is not seen: start one alone",
+            folder, error.strerror,
+        )  # fmt: skip
+        yield
+        return
     if holder and lock.of_another_host() and _untouched(lock.path, 3 * BEAT):
         holder = lock.take(over_hosts=True)
     if holder:

@@ -1,5 +1,6 @@
 """Who has a lock, and when nobody has it any more."""
 
+import errno
 import json
 import os
 import socket
@@ -136,6 +137,16 @@ def test_a_folder_of_a_killed_process_is_free(tmp_path):
     process.communicate()
     with locks.alone(tmp_path):
         pass
+
+
+def test_without_locks_it_works_and_says_so(tmp_path, monkeypatch, caplog):
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    with locks.alone(tmp_path), locks.alone(tmp_path):
+        pass
+    assert "Function not implemented on this file system" in caplog.text
 
 
 def test_of_another_host_the_lock_counts_while_it_is_touched(tmp_path, monkeypatch):
