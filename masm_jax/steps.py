@@ -231,7 +231,7 @@ def keep_names(network):
     return [
         (f"level{level}", modality)
         for level, mixer in enumerate(mixers, 1) if mixer == "aware"
-        for modality in _members(network)
+        for modality in dict.fromkeys(_members(network))
     ]  # fmt: skip
 
 
@@ -239,17 +239,24 @@ def keep_step(network):
     """Tiles to what the mixers keep of them, voxel by voxel.
 
     (params, (B, M, p, p, p)) -> (B, p, p, p, K) logits of +-20, channels as ``keep_names``: what
-    averages the probabilities of tiles then averages their decisions.
+    averages the probabilities of tiles then averages their decisions. Of a modality in several
+    pairs the mean of its decisions.
     """
+    members = _members(network)
+    slots = [
+        jnp.array([slot for slot, member in enumerate(members) if member == name])
+        for name in dict.fromkeys(members)
+    ]
 
     def local(params, image):
         _, keep = network.apply(params, image)
         channels = []
         for level in dict.fromkeys(level for level, _ in keep_names(network)):
-            votes = jnp.moveaxis(keep[level], 1, -1)
+            votes = jnp.stack([keep[level][:, own].mean(1) for own in slots], -1)
             for axis in (1, 2, 3):
                 votes = jnp.repeat(votes, image.shape[axis + 1] // votes.shape[axis], axis)
             channels.append(votes)
-        return 40.0 * jnp.concatenate(channels, -1).astype(jnp.float32) - 20.0
+        share = jnp.concatenate(channels, -1).astype(jnp.float32)
+        return jnp.clip(jax.scipy.special.logit(share), -20.0, 20.0)
 
     return spatial.over(network.mesh, local, (IMAGE,), LABEL)

@@ -305,3 +305,18 @@ def test_what_the_mixers_keep_voxel_by_voxel(make_config, quick_jit):
     for channel in range(4):
         expected = np.kron(np.asarray(keep["level1"])[0, channel], block)
         np.testing.assert_array_equal(voxels[0, ..., channel] > 0, expected > 0)
+
+
+def test_what_is_kept_of_a_modality_in_several_pairs(make_config, quick_jit):
+    """The mean of its decisions, once under its name: of t1 here half is kept."""
+    pairs = (("t1", "t1ce"), ("t2", "flair"), ("flair", "t1"))
+    config = make_config(**{"model.mixers": MIXED, "model.pairs": pairs})
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    assert [name for _, name in keep_names(network)] == ["t1", "t1ce", "t2", "flair"]
+    decisions = np.array([1, 1, 0, 1, 0, 0], np.float32)  # t1 t1ce t2 flair flair t1
+    keep = np.broadcast_to(decisions[:, None, None, None], (2, 6, 2, 2, 2))
+    network.apply = lambda params, image: (None, {"level1": jnp.asarray(keep)})
+    voxels = np.asarray(keep_step(network)({}, batch(2)["image"].astype(np.float32)))
+    assert voxels.shape == (2, 16, 16, 16, 4)
+    share = 1 / (1 + np.exp(-voxels.astype(float)))
+    np.testing.assert_allclose(share[0, 0, 0, 0], [0.5, 1, 0, 0.5], atol=1e-6)
