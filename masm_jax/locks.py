@@ -54,8 +54,10 @@ def alone(folder, *, holds=True):
         )  # fmt: skip
         yield
         return
-    if holder and lock.of_another_host() and _untouched(lock.path, 3 * BEAT):
-        holder = lock.take(over_hosts=True)
+    if holder and lock.of_another_host():
+        _log.warning("%s: %s; looking for %d s whether it lives", folder, holder, 3 * BEAT)
+        if _untouched(lock.path, 3 * BEAT):
+            holder = lock.take(over_hosts=True)
     if holder:
         raise ValueError(f"{folder}: {holder}; wait for it, stop it, or name another folder")
     ended = threading.Event()
