@@ -23,7 +23,7 @@ help:
 	@echo "make test          set up $(VENV), then lint and tests; PYTEST=\"-m slow\" runs the slow ones"
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
-	@echo "make lint          ruff"
+	@echo "make lint          ruff (rules and format), mypy (types)"
 	@echo "make audit         ask PyPI for known vulnerabilities of what requirements.lock pins"
 	@echo "make venv          set up $(VENV) with requirements.lock; PYTHON=/path/to/python3.12 chooses a Python"
 	@echo "make tpu-env       set up $(TPU_VENV): the TPU compiler, for a machine without a TPU"
@@ -96,14 +96,14 @@ bench-tools: interpreter
 # ---------------------------------------------------------------- checks
 
 test: test-tools
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(MAKE) --no-print-directory lint
 	$(PY) -m scripts.audit
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: test-tools
-	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 # ---------------------------------------------------------------- demo
 
@@ -161,5 +161,5 @@ endef
 export TABLE
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache build ./*.egg-info
+	rm -rf demo .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

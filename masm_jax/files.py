@@ -74,7 +74,7 @@ def told(error: BaseException) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     place = "" if error.filename is None else f"{printable(os.fsdecode(error.filename))}: "
-    fix = _FIXES.get(error.errno)
+    fix = _FIXES.get(error.errno or 0)
     return place + error.strerror + (f"; {fix}" if fix else "")
 
 

@@ -6,13 +6,13 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 
 def in_order(
     function: Callable[..., Any], jobs: Iterable[tuple], *, workers: int, needs: str = ""
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """Results of ``function(*job)`` in the order of the jobs.
 
     Jobs are taken from their iterator as workers get free, so that they may be made while earlier

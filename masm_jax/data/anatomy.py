@@ -39,20 +39,23 @@ class Grid:
     @classmethod
     def whole(cls, spacing: float) -> "Grid":
         """The grid that covers the field of view, centred on it."""
-        shape = tuple(int(np.ceil(side / spacing - 1e-6)) for side in FIELD_OF_VIEW)
-        return cls(tuple(-(n - 1) * spacing / 2 for n in shape), spacing, shape)
+        d, h, w = (int(np.ceil(side / spacing - 1e-6)) for side in FIELD_OF_VIEW)
+        x, y, z = (-(n - 1) * spacing / 2 for n in (d, h, w))
+        return cls((x, y, z), spacing, (d, h, w))
 
     def crop(self, box: tuple[slice, slice, slice]) -> "Grid":
         """The part of this grid inside ``box`` (slices with explicit start and stop)."""
-        origin = tuple(o + b.start * self.spacing for o, b in zip(self.origin, box))
-        return Grid(origin, self.spacing, tuple(b.stop - b.start for b in box))
+        x, y, z = (o + b.start * self.spacing for o, b in zip(self.origin, box))
+        d, h, w = (b.stop - b.start for b in box)
+        return Grid((x, y, z), self.spacing, (d, h, w))
 
     def box(self, low: np.ndarray, high: np.ndarray) -> tuple[slice, slice, slice]:
         """Slices of the voxels between the points ``low`` and ``high``, mm, within the grid."""
         origin = np.asarray(self.origin)
         first = np.maximum(np.floor((low - origin) / self.spacing), 0).astype(int)
         last = np.minimum(np.ceil((high - origin) / self.spacing) + 1, self.shape).astype(int)
-        return tuple(slice(int(a), int(b)) for a, b in zip(first, last))
+        d, h, w = (slice(int(a), int(b)) for a, b in zip(first, last))
+        return d, h, w
 
     def axes(self) -> list[np.ndarray]:
         """Coordinates along each axis, mm, shaped to broadcast: (D,1,1), (1,H,1), (1,1,W)."""
@@ -123,7 +126,7 @@ def load_atlas(spacing: float) -> tuple[np.ndarray, np.ndarray]:
         ValueError: nilearn or its atlas is not installed.
     """
     spec = importlib.util.find_spec("nilearn")  # found, not imported: importing takes seconds
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError("the phantom needs the atlas of nilearn; install it: pip install nilearn")
     folder = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "data"
     maps = {}
@@ -133,7 +136,7 @@ def load_atlas(spacing: float) -> tuple[np.ndarray, np.ndarray]:
             raise ValueError(
                 f"{path} is absent, expected the ICBM 2009a atlas; install nilearn>=0.13,<0.15"
             )
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_filename(path)
         maps[name] = np.asanyarray(image.dataobj)
     parts, count = ndimage.label(maps["t1"] > 0)
     # The brain is the largest part; an islet of T1 in front of it is left out.

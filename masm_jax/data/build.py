@@ -133,7 +133,7 @@ def _source(case: Case, spacing: float | None) -> dict[str, Any]:
             state = path.stat()
             files[path.name] = [state.st_size, state.st_mtime_ns]
     convention = case.convention
-    settings = {
+    settings: dict[str, Any] = {
         "version": VERSION,
         "spacing": spacing,
         "modalities": list(convention.modalities),
@@ -184,8 +184,9 @@ def _meta(root: Path, case: str) -> dict[str, Any] | None:
     except (ValueError, OSError):
         return None
     source = meta.get("source")
-    whole = isinstance(source, dict) and isinstance(source.get("settings"), dict)
-    return meta if whole and "files" in source else None
+    if not isinstance(source, dict) or not isinstance(source.get("settings"), dict):
+        return None
+    return meta if "files" in source else None
 
 
 def _clear(root: Path) -> None:

@@ -194,7 +194,7 @@ def _matchers(convention: Convention) -> list[tuple[str | None, re.Pattern]]:
     flags |= re.IGNORECASE if convention.ignore_case else 0
     # Modalities of one 4-D file share a pattern: the first stands for all.
     shared = convention.modalities[:1] if convention.channels else convention.modalities
-    wanted = [(m, p) for m in shared for p in convention.files[m]]
+    wanted: list[tuple[str | None, str]] = [(m, p) for m in shared for p in convention.files[m]]
     wanted += [(None, p) for p in convention.segmentation]
     return [(m, re.compile(_regex(pattern), flags)) for m, pattern in wanted]
 

@@ -84,12 +84,16 @@ _SCHEMES: dict[str, tuple[dict[int, int], dict[str, int]]] = {
     "msd": ({1: 2, 2: 1, 3: 3}, {"WT": 1, "TC": 2, "ET": 3}),
 }
 LABEL_SCHEMES = tuple(_SCHEMES)
-_UNDERSCORE = ({m: (f"_{m}",) for m in MODALITIES}, ("_seg",))
-_DASH = (
+_Files = tuple[Mapping[str, tuple[str, ...]], tuple[str, ...]]
+_UNDERSCORE: _Files = ({m: (f"_{m}",) for m in MODALITIES}, ("_seg",))
+_DASH: _Files = (
     {"t1": ("-t1n",), "t1ce": ("-t1c",), "t2": ("-t2w",), "flair": ("-t2f",)},
     ("-seg",),
 )
-_MSD = ({m: ("imagesTr/{case}", "imagesTs/{case}") for m in MODALITIES}, ("labelsTr/{case}",))
+_MSD: _Files = (
+    {m: ("imagesTr/{case}", "imagesTs/{case}") for m in MODALITIES},
+    ("labelsTr/{case}",),
+)
 # Order of the 4-D file of Task01_BrainTumour; a dataset.json beside the data overrides it.
 _MSD_CHANNELS = {"flair": 0, "t1": 1, "t1ce": 2, "t2": 3}
 
@@ -165,7 +169,7 @@ def to_file(label: np.ndarray, labels: Mapping[int, int]) -> np.ndarray:
         (...) uint8 label values of the file. Where two file values mean the same, the first.
     """
     table = np.zeros(256, np.uint8)
-    for value, internal in reversed(labels.items()):
+    for value, internal in reversed(list(labels.items())):
         table[internal] = value
     return table[label]
 
@@ -190,7 +194,7 @@ def msd_convention(dataset: Path, scheme: str | None = None) -> Convention | Non
     """
     try:
         content = json.loads(dataset.read_text())
-        channels = {_msd_modality(v): int(k) for k, v in content["modality"].items()}
+        channels = {_msd_modality(v) or "": int(k) for k, v in content["modality"].items()}
         names = {int(k): str(v).lower() for k, v in content["labels"].items() if int(k)}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
@@ -199,8 +203,8 @@ def msd_convention(dataset: Path, scheme: str | None = None) -> Convention | Non
     base = dataclasses.replace(BUILT_IN["msd"], channels=channels)
     if scheme is not None:
         return with_labels(base, scheme, "as --labels says")
-    labels = {value: _msd_meaning(name) for value, name in names.items()}
-    if sorted(map(str, labels.values())) != ["1", "2", "3"]:
+    labels = {value: _msd_meaning(name) or 0 for value, name in names.items()}
+    if sorted(labels.values()) != [1, 2, 3]:
         raise ValueError(
             f"{dataset}: label names {names} are not understood; expected oedema, "
             "non-enhancing and enhancing tumour once each; correct the names or decide with "

@@ -5,6 +5,7 @@ import reprlib
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from masm_jax.data.conventions import Convention, hint
 from masm_jax.files import name_fault
@@ -38,7 +39,7 @@ def load_description(path: Path | str) -> Convention:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _content(path: Path) -> object:
+def _content(path: Path) -> Any:
     try:
         if path.suffix != ".py":
             return json.loads(path.read_text(encoding="utf-8"))
@@ -75,7 +76,8 @@ def _is_text(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:  # many stars would take for ever to compare
-    return _is_text(value) and value.count("*") <= 4 and value.count("{case}") <= 4
+    text = value if isinstance(value, str) else ""
+    return _is_text(value) and text.count("*") <= 4 and text.count("{case}") <= 4
 
 
 def _is_one_or_list(inside: Callable[[object], bool]) -> Callable[[object], bool]:

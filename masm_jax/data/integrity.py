@@ -48,9 +48,9 @@ def read_images(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
     for modality, path, channel in zip(case.convention.modalities, case.images, case.channels):
         if path not in read:  # the modalities of a 4-D file share one
             read[path] = _read(case, path, problems)
-        if read[path] is None:
+        if (content := read[path]) is None:
             continue
-        array, affine = read[path]
+        array, affine = content
         if array.ndim != (3 if channel is None else 4) or (channel or 0) >= (*array.shape, 1)[3]:
             value = f"shape {by(array.shape)} for {modality}"
             wanted = "3 axes" if channel is None else f"4 axes, channel {channel} on the last"

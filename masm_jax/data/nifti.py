@@ -6,9 +6,9 @@ import logging
 import math
 import stat
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import nibabel as nib
 import numpy as np
@@ -105,10 +105,16 @@ def _content(path: Path, most: int) -> tuple[bytes, nib.Nifti1Header]:
     return data, header
 
 
+def last_axes(slices: Iterable[slice]) -> tuple[Any, ...]:
+    """The index that takes these of the last axes, however many come before."""
+    return (..., *slices)
+
+
 def _opened(path: Path) -> BinaryIO:
     if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for, a device has no end
         raise ValueError("a folder, pipe or device, expected a file")
-    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
+    packed = path.name.lower().endswith(".gz")
+    return cast(BinaryIO, gzip.open(path)) if packed else path.open("rb")
 
 
 def _header(stream: BinaryIO) -> nib.Nifti1Header:
@@ -184,7 +190,7 @@ def to_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     order, signs = _axes(affine)
     lead = array.ndim - 3
     array = array.transpose(*range(lead), *(lead + axis for axis in order))
-    return array[(..., *(slice(None, None, sign) for sign in signs))]
+    return array[last_axes(slice(None, None, sign) for sign in signs)]
 
 
 def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
@@ -199,14 +205,15 @@ def from_canonical(array: np.ndarray, affine: np.ndarray) -> np.ndarray:
     """
     order, signs = _axes(affine)
     lead = array.ndim - 3
-    array = array[(..., *(slice(None, None, sign) for sign in signs))]
+    array = array[last_axes(slice(None, None, sign) for sign in signs)]
     return array.transpose(*range(lead), *(lead + order.index(axis) for axis in range(3)))
 
 
 def canonical_spacing(affine: np.ndarray) -> tuple[float, float, float]:
     """Returns the voxel sizes in mm along the RAS axes (D, H, W)."""
     sizes = np.sqrt((np.asarray(affine, np.float64)[:3, :3] ** 2).sum(0))
-    return tuple(float(sizes[axis]) for axis in _axes(affine)[0])
+    d, h, w = (float(sizes[axis]) for axis in _axes(affine)[0])
+    return d, h, w
 
 
 def write_labels(path: Path | str, labels: np.ndarray, like: Path | str | np.ndarray) -> None:

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from masm_jax.data.nifti import last_axes
 from masm_jax.data.records import Records
 
 _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile)
@@ -65,7 +66,7 @@ class Crop:
         return {
             "image": _cut(image, start, self.patch),
             "label": _cut(label, start, self.patch),
-            "case": np.int32(index),
+            "case": np.asarray(index, np.int32),
         }
 
     def _start(self, case: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
@@ -98,11 +99,11 @@ def _cut(volume: np.ndarray, start: np.ndarray, patch: tuple[int, ...]) -> np.nd
     """Copies the crop at ``start`` out of the last three axes; 0 outside the volume."""
     stop = start + patch
     low, high = np.maximum(start, 0), np.minimum(stop, volume.shape[-3:])
-    part = volume[(..., *map(slice, low, high))]
+    part = volume[last_axes(map(slice, low, high))]
     if part.shape[-3:] == patch:
         return np.array(part)  # a copy: the memory map is let go
     cube = np.zeros((*volume.shape[:-3], *patch), volume.dtype)
-    cube[(..., *map(slice, low - start, high - start))] = part
+    cube[last_axes(map(slice, low - start, high - start))] = part
     return cube
 
 
@@ -171,7 +172,8 @@ def batches(
     Raises:
         ValueError: The arguments do not fit together; from the iterator, a record is unreadable.
     """
-    edges = tuple(int(edge) for edge in np.broadcast_to(patch, 3))
+    depth, height, width = np.broadcast_to(patch, 3).tolist()
+    edges = int(depth), int(height), int(width)
     rows = tuple(range(batch_size) if rows is None else rows)
     _check(records, cases, seed, batch_size, edges, foreground, rows)
     crop = Crop(records, tuple(cases), edges, foreground)

@@ -284,7 +284,7 @@ def _uncrop(inside: np.ndarray, meta: Mapping[str, Any]) -> np.ndarray:
     affine = np.asarray(meta["affine"])
     full = np.zeros((*inside.shape[:-3], *meta["shape"]), inside.dtype)
     box = tuple(slice(start, stop) for start, stop in meta["crop"])
-    nifti.to_canonical(full, affine)[(..., *box)] = inside  # a view: writes into full
+    nifti.to_canonical(full, affine)[nifti.last_axes(box)] = inside  # a view: writes into full
     return full
 
 

@@ -10,6 +10,8 @@ Contrast agent: 1/T1 rises by relaxivity times concentration (Rohrer et al. 2005
 Reson. Med. 34:910-914).
 """
 
+import functools
+
 import numpy as np
 
 from masm_jax.data.anatomy import Grid, smooth_field
@@ -66,7 +68,7 @@ def tissue_signals(rng: np.random.Generator) -> dict[str, dict[str, float]]:
     t2w = {"tr": vary(4500.0, 0.08), "te": vary(95.0, 0.06)}
     fluid = {"tr": vary(9000.0, 0.03), "te": vary(118.0, 0.06), "ti": vary(2500.0, 0.015)}
     dose = vary(1.0, 0.18)
-    signals = {"t1": {}, "t1ce": {}, "t2": {}, "flair": {}}
+    signals: dict[str, dict[str, float]] = {name: {} for name in ("t1", "t1ce", "t2", "flair")}
     for name, (t1, t2, density, agent, spread) in TISSUES.items():
         t1, t2, density = vary(t1, spread), vary(t2, spread), vary(density, 0.01)
         after = enhanced_t1(t1, agent * dose)
@@ -98,18 +100,20 @@ def acquire(
     signals = tissue_signals(rng)
     sick = sum(fractions[name] for name in ("oedema", "solid", "rim", "necrosis"))
     grain = smooth_field(rng, grid, scale=7.0)
-    images = {}
+    clean = {}
     for modality, signal in signals.items():
-        image = sum(np.float32(signal[name]) * part for name, part in fractions.items())
+        parts = (np.float32(signal[name]) * part for name, part in fractions.items())
+        image = functools.reduce(np.add, parts)
         own = smooth_field(rng, grid, scale=8.0)
         image *= 1 + 0.02 * own + sick * (0.05 * grain + 0.04 * own)
         strength = rng.uniform(0.02, 0.07)
         image *= np.exp(strength * smooth_field(rng, grid, scale=90.0))
         noise = rng.uniform(0.015, 0.04) * signal["white"]
         gain = np.exp(rng.uniform(np.log(150), np.log(900))) / signal["white"]
-        images[modality] = (image, noise, gain)
+        clean[modality] = (image, noise, gain)
     # Noise alone depends on the grid, so it is drawn last.
-    for modality, (image, noise, gain) in images.items():
+    images = {}
+    for modality, (image, noise, gain) in clean.items():
         real = image + noise * rng.standard_normal(grid.shape, np.float32)
         imaginary = noise * rng.standard_normal(grid.shape, np.float32)
         counts = np.rint(gain * np.hypot(real, imaginary)).clip(1, 32767)

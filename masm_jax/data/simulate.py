@@ -101,11 +101,12 @@ class Phantom:
 
 def _settle(
     warp: Warp, plan: Plan, rng: np.random.Generator
-) -> tuple[Warp, tuple[np.ndarray, np.ndarray]]:
+) -> tuple[Warp, Push, tuple[np.ndarray, np.ndarray]]:
     """Chooses the tumour's place in the cerebral white matter.
 
     Returns:
-        The warp with the mass effect there, and the corners of the brain's bounding box, mm.
+        The warp with the mass effect there, that effect, and the corners of the brain's bounding
+        box, mm.
     """
     whole = Grid.whole(_LATTICE)
     lattice = whole.crop(whole.box(np.full(3, -104.0), np.full(3, 104.0)))
@@ -121,7 +122,7 @@ def _settle(
     inside = np.argwhere(brain > 0.5)
     corners = (origin + _LATTICE * inside.min(0) - 6, origin + _LATTICE * inside.max(0) + 6)
     push = Push(centre, plan.shift, 25.0, depth, lattice)
-    return dataclasses.replace(warp, push=push), corners
+    return dataclasses.replace(warp, push=push), push, corners
 
 
 def _inside(distance: np.ndarray, width: float) -> np.ndarray:
@@ -252,10 +253,9 @@ def simulate(seed: int, index: int, *, spacing: float) -> Phantom:
     """
     plan = Plan.draw(seed, index)
     rng = np.random.default_rng((seed, index, 3))
-    warp, corners = _settle(Warp.draw((seed, index)), plan, rng)
+    warp, push, corners = _settle(Warp.draw((seed, index)), plan, rng)
 
-    lattice = warp.push.grid
-    centre = warp.push.centre
+    lattice, centre = push.grid, push.centre
     local = lattice.crop(lattice.box(centre - _REACH, centre + _REACH))
     grey, white, csf, brain = warp.tissue(local)
     jitter = rng.uniform(-10, 10, (2, 3)) * np.array([[0.0], [1.0]])
@@ -292,7 +292,7 @@ def simulate(seed: int, index: int, *, spacing: float) -> Phantom:
     tissues = {name: np.zeros(grid.shape, np.float32) for name in TISSUES}
     for name, part in (("grey", grey), ("white", white), ("csf", csf)):
         tissues[name] += part * inside / np.maximum(brain, 0.5)
-    depth = resample(warp.push.depth, lattice, grid, outside=0.0)
+    depth = resample(push.depth, lattice, grid, outside=0.0)
     clear = np.clip((-levels["whole"] - 4) / 4, 0, 1)
     _normal_variants(tissues, points, depth, clear, grid, load=plan.lesions, rng=rng)
     labels = _tumour(tissues, levels, grid, plan, rng) * inside

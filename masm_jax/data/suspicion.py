@@ -132,7 +132,7 @@ def _shifted(image: np.ndarray, modalities: Sequence[str], spacing: Sequence[flo
             words: _mutual_information(coarse[0], np.roll(volume, step, axis)) / here
             for words, (axis, step) in _DIRECTIONS.items()
         }
-        best = max(there, key=there.get)
+        best = max(there, key=there.__getitem__)
         if there[best] > GAIN:
             warnings.append(
                 f"{name} fits {modalities[0]} better {STEP_MM:.0f} mm further {best}: they do not "

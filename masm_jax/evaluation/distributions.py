@@ -149,8 +149,8 @@ def _volumes(rows: Sequence[Row], regions: Sequence[str]) -> Figure:
     axes = figure.subplots()
     top = 1.0
     for i, name in enumerate(regions):
-        pairs = [(r.get("reference_ml"), r.get("volume_ml")) for r in rows if r["region"] == name]
-        pairs = np.array([p for p in pairs if _number(p[0]) and _number(p[1])]).reshape(-1, 2)
+        both = [(r.get("reference_ml"), r.get("volume_ml")) for r in rows if r["region"] == name]
+        pairs = np.array([p for p in both if _number(p[0]) and _number(p[1])]).reshape(-1, 2)
         top = max(top, pairs.max(initial=0))
         marker = "osv^D"[i % 5]  # the shape says the region too, not the colour alone
         axes.plot(*pairs.T, marker, color=COLOURS[i % len(COLOURS)][1], markersize=5, alpha=0.7,

@@ -40,7 +40,7 @@ class Finding:
 
 def shells(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, int]]:
     """Voxels that are right and wrong by their distance from the surface of the reference.
 
     Args:

@@ -18,7 +18,7 @@ Written from the published descriptions and checked against numbers made with th
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import cc3d
 import numpy as np
@@ -27,7 +27,7 @@ from scipy import ndimage, optimize
 
 from masm_jax.evaluation.surfaces import hd95, joint_box, nsd, surface_distances
 
-CONNECTIVITY = 26  # of lesions: faces, edges and corners
+CONNECTIVITY: Final = 26  # of lesions: faces, edges and corners
 
 
 class EmptyRule(NamedTuple):

@@ -99,12 +99,12 @@ def evaluate(
         ValueError: grids, regions, dtypes or the spacing do not fit.
     """
     spacing = _checked_spacing(spacing)
-    if isinstance(prediction, Mapping) != isinstance(reference, Mapping):
+    if isinstance(prediction, Mapping) and isinstance(reference, Mapping):
+        masks = _masks_of_dicts(prediction, reference, regions)
+    elif isinstance(prediction, Mapping) or isinstance(reference, Mapping):
         raise ValueError(
             "prediction and reference must be of one kind: two label arrays or two dicts of masks"
         )
-    if isinstance(prediction, Mapping):
-        masks = _masks_of_dicts(prediction, reference, regions)
     else:
         masks = _masks_of_labels(prediction, reference, REGIONS if regions is None else regions)
     scores = {}

@@ -171,7 +171,7 @@ def _panel(axes: Any, title: str, series: Mapping[str, Mapping[int, float]]) -> 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axes.grid(alpha=0.3)
     names = [name for name in series if name.startswith(CURVES[title])]
-    colours = {}  # of a level one, with noise and without
+    colours: dict[str, str] = {}  # of a level one, with noise and without
     for name in names:
         colour = colours.setdefault(name.rpartition("keep/")[2], f"C{len(colours) % 10}")
         steps = sorted(series[name])
@@ -244,9 +244,9 @@ def pruning(
         figure.savefig(temporary, format="png", dpi=90)
     with replacing(pathlib.Path(path).with_suffix(".csv")) as temporary:
         lines = ["level,modality,kept_in_brain,kept_in_tumour\n"]
-        for (level, modality), share in kept.items():
-            inside = f"{share[tumour].mean():.4f}" if tumour.any() else ""
-            lines.append(f"{level},{modality},{share[brain].mean():.4f},{inside}\n")
+        for (level, modality), part in kept.items():
+            inside = f"{part[tumour].mean():.4f}" if tumour.any() else ""
+            lines.append(f"{level},{modality},{part[brain].mean():.4f},{inside}\n")
         temporary.write_text("".join(lines), encoding="utf-8")
 
 

@@ -86,7 +86,7 @@ def write(
         **{key: listed[key] for key in ("summary", "cases", "lesions")},
         "pictures": "".join(listed[key] for key in sections.PICTURES.values()),
         "run": sections.run(about, config),
-        "niivue_version": re.search(r"Version: (\S+)", about_niivue)[1],
+        "niivue_version": re.findall(r"Version: (\S+)", about_niivue)[0],
         "niivue_licence": escaped(about_niivue.split("```")[1].strip()),
         "views": _views(views.items() if isinstance(views, Mapping) else views),
         "niivue": niivue,

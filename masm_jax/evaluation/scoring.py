@@ -113,7 +113,7 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
     """Scores by region, and the grid they were made in."""
     clock, records = segmented.clock, Records(segmented.records)
     meta = records.meta(segmented.case)
-    asked = {
+    asked: dict[str, Any] = {
         "regions": segmented.regions,
         "tolerance": segmented.tolerance,
         "styles": segmented.styles,

@@ -124,10 +124,10 @@ def format_table(summary: Mapping[str, Any]) -> str:
     """The summary as text for a terminal: a line per region, then the rules that applied."""
     lines = [["region", "cases", *(heading for heading, *_ in TABLE.values())]]
     for name, region in summary["regions"].items():
-        cells = (_cell(region.get(key), *form) for key, (_, *form) in TABLE.items())
+        cells = (_cell(region.get(key), *form[1:]) for key, form in TABLE.items())
         lines.append([name, str(region["n"]), *cells])
     means = {key: {"mean": summary["average"].get(key)} for key in TABLE}
-    lines.append(["average", "", *(_cell(means[key], *form) for key, (_, *form) in TABLE.items())])
+    lines.append(["average", "", *(_cell(means[key], *form[1:]) for key, form in TABLE.items())])
     widths = [max(map(len, column)) for column in zip(*lines)]
     table = ["  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines]
     table.insert(1, "-" * max(map(len, table)))

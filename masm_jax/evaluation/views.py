@@ -22,6 +22,7 @@ PACKED = 0.6
 FIXED_BYTES = 1500  # of every image: NIfTI header, names, colours
 
 Regions = Mapping[str, Sequence[int]]
+Shape = tuple[int, int, int]
 
 
 def views_spacing(
@@ -80,12 +81,12 @@ def view(
         uint8, in one grid with its affine: the world is in mm along the axes of the case, 0 at the
         centre of its first voxel. "centre" is the middle of the largest lesion in that world.
     """
-    image, spacing = np.asarray(image), np.asarray(spacing, float)
+    image, voxel = np.asarray(image), np.asarray(spacing, float)
     brain = (image != 0).any(axis=0)
     shape = _shape(brain.shape, spacing, view_spacing)
-    edges = spacing * brain.shape / shape
+    edges = voxel * brain.shape / shape
     affine = np.diag([*edges, 1.0])
-    affine[:3, 3] = (edges - spacing) / 2  # both grids fill the same box
+    affine[:3, 3] = (edges - voxel) / 2  # both grids fill the same box
     centre = pictures.centre(prediction, reference, brain, regions)
     return {
         "modalities": list(modalities),
@@ -99,8 +100,9 @@ def view(
     }
 
 
-def _shape(shape: Sequence[int], spacing: Sequence[float], step: float) -> tuple[int, ...]:
-    return tuple(max(1, round(n * s / max(s, step))) for n, s in zip(shape, spacing))
+def _shape(shape: Sequence[int], spacing: Sequence[float], step: float) -> Shape:
+    d, h, w = (max(1, round(n * s / max(s, step))) for n, s in zip(shape, spacing))
+    return d, h, w
 
 
 def _bytes(shape: Sequence[int], modalities: int) -> float:
@@ -109,7 +111,7 @@ def _bytes(shape: Sequence[int], modalities: int) -> float:
     return packed * 4 / 3  # base64
 
 
-def _grey(scan: np.ndarray, brain: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _grey(scan: np.ndarray, brain: np.ndarray, shape: Shape) -> np.ndarray:
     """uint8 of the window that the pictures have; 0 is air alone."""
     scan = np.asarray(scan, np.float32)
     low, high = np.percentile(scan[brain], pictures.WINDOW) if brain.any() else (0.0, 1.0)

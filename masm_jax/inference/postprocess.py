@@ -55,7 +55,7 @@ def decode(
             f"probabilities have {len(probabilities)} regions, expected {len(names)} "
             f"({', '.join(names)}): pass the regions that the network was trained on"
         )
-    thresholds = [threshold] * len(names) if np.isscalar(threshold) else list(threshold)
+    thresholds = np.atleast_1d(threshold).tolist() * (len(names) if np.ndim(threshold) == 0 else 1)
     if len(thresholds) != len(names):
         raise ValueError(
             f"threshold {thresholds} is for {len(thresholds)} regions; expected one number, or one "

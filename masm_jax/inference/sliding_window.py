@@ -110,13 +110,14 @@ def predict(
     Raises:
         ValueError: an argument is out of range, or the network gives another shape.
     """
-    patch = tuple(int(edge) for edge in np.broadcast_to(patch, 3))
-    _check_arguments(image, patch=patch, overlap=overlap, batch=batch, flips=flips)
-    image, inner = _pad_to_patch(image, patch)
-    tiles = _tiles_with_brain(image, patch=patch, overlap=overlap)
+    depth, height, width = np.broadcast_to(patch, 3).tolist()
+    edges = int(depth), int(height), int(width)
+    _check_arguments(image, patch=edges, overlap=overlap, batch=batch, flips=flips)
+    image, inner = _pad_to_patch(image, edges)
+    tiles = _tiles_with_brain(image, patch=edges, overlap=overlap)
     total = np.zeros((num_regions, *image.shape[1:]), np.float32)
     weight = np.zeros(image.shape[1:], np.float32)
-    cube = gaussian(patch)
+    cube = gaussian(edges)
     mirrors = _mirrors(flips)
 
     @functools.cache
@@ -133,7 +134,7 @@ def predict(
         nonlocal done
         starts, votes = pending.popleft()
         for start, vote in zip(starts, jax.device_get(votes)):  # waits for the device here
-            box = _box(start, patch)
+            box = _box(start, edges)
             total[:, *box] += vote
             weight[box] += cube
         done += len(starts)
@@ -141,7 +142,7 @@ def predict(
             progress(done, len(tiles))
 
     for starts in _batched(tiles, batch):
-        x = _stack(image, starts, patch=patch, batch=batch)
+        x = _stack(image, starts, patch=edges, batch=batch)
         pending.append((starts, _votes(apply, x, weights_like, mirrors, num_regions)))
         if len(pending) == 2:  # the newest is being computed while the older one is added up
             add_oldest()
@@ -164,7 +165,7 @@ def _votes(
     take eight times as long to compile.
     """
     tiles = jax.device_put(x)
-    votes = None
+    votes: jax.Array | None = None
     for mirror in mirrors:
         logits = apply(_mirror(tiles, axes=mirror) if mirror else tiles)
         expected = (x.shape[0], *x.shape[2:], num_regions)
@@ -175,6 +176,7 @@ def _votes(
             )
         vote = _weighted(logits, weights_like(logits.sharding), axes=mirror)
         votes = vote if votes is None else votes + vote
+    assert votes is not None  # the first mirror is none, so there is one
     return votes
 
 
@@ -201,7 +203,8 @@ def _tiles_with_brain(image: np.ndarray, *, patch: Edges, overlap: float) -> lis
     brain = np.zeros(image.shape[1:], bool)
     for modality in image:  # one at a time: the image may be larger than memory wants to hold
         brain |= modality != 0
-    grid = itertools.product(*(tile_starts(n, p, overlap) for n, p in zip(brain.shape, patch)))
+    depth, height, width = (tile_starts(n, p, overlap) for n, p in zip(image.shape[1:], patch))
+    grid = itertools.product(depth, height, width)
     return [start for start in grid if brain[_box(start, patch)].any()]
 
 
