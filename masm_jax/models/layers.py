@@ -13,6 +13,7 @@ from masm_jax.models.conv import conv, platform_of_trace
 
 LEAKY_SLOPE = 0.01
 RESAMPLE = "resample"  # scope of products with fixed matrices, which stand for moves of voxels
+_LARGEST = 2.0**50  # 1e15; bfloat16 has it. The squares of 1e8 such voxels still add up in float32
 
 
 def planes(x):
@@ -124,7 +125,8 @@ def instance_norm(x, scale, shift, depth, eps=1e-5):
     """Instance norm over the voxels, statistics in float32, applied as one scale and one shift.
 
     E[x^2] - E[x]^2 cancels where the mean is large against the spread; taking off the value of one
-    voxel first leaves numbers of the size of the spread.
+    voxel first leaves numbers of the size of the spread. What is beyond 1e15 counts as 1e15: its
+    squares would overflow, and the norm be NaN, though bfloat16 goes to 3e38.
 
     Args:
       x: (B D, H, W, C), planes.
@@ -137,6 +139,7 @@ def instance_norm(x, scale, shift, depth, eps=1e-5):
     """
     n, h, w, c = x.shape
     batch = n // depth
+    x = jnp.clip(x, -_LARGEST, _LARGEST)
 
     def per_plane(values):  # (B, C) -> (B D, 1, 1, C)
         return jnp.broadcast_to(values[:, None], (batch, depth, c)).reshape(-1, 1, 1, c)
@@ -171,14 +174,14 @@ class Dense(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """Norm over the last axis, statistics in float32, eps 1e-5."""
+    """Norm over the last axis, statistics in float32, eps 1e-5; limits as ``instance_norm``."""
 
     def __init__(self, features):
         self.scale = nnx.Param(np.ones((features,), np.float32))
         self.shift = nnx.Param(np.zeros((features,), np.float32))
 
     def __call__(self, x):
-        y = x.astype(jnp.float32)
+        y = jnp.clip(x.astype(jnp.float32), -_LARGEST, _LARGEST)
         y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
         return (y * self.scale[...] + self.shift[...]).astype(x.dtype)
