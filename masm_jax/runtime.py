@@ -7,6 +7,7 @@ import pathlib
 import re
 import signal
 import sys
+import time
 
 import jax
 from absl import flags
@@ -14,6 +15,7 @@ from absl import flags
 from masm_jax.config_file import in_short
 from masm_jax.data.conventions import hint
 
+_SAME = 1.0  # seconds
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED, EXIT_PEER = 1, 2, 3, 75, 76
 
 
@@ -119,10 +121,14 @@ def _no_config(argv):
 
 
 class StopSignal:
-    """Makes the first SIGTERM or Ctrl-C a flag that the loop reads; the second acts at once."""
+    """Makes the first SIGTERM or Ctrl-C a flag that the loop reads; a later one acts at once.
+
+    Within a second it is taken for the same: a signal to a process group comes twice where make,
+    timeout or a launcher in the group passes it on, and the step would not be saved.
+    """
 
     def __init__(self):
-        self.name = None
+        self.name, self._since = None, None
         self._previous = {}
 
     def __enter__(self):
@@ -138,8 +144,13 @@ class StopSignal:
         return self.name is not None
 
     def _receive(self, number, _frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        now = time.monotonic()
+        if self.name is not None:
+            if now - self._since > _SAME:
+                signal.signal(number, self._previous[number])
+                signal.raise_signal(number)
+            return
+        self.name, self._since = signal.Signals(number).name, now
         logging.getLogger("masm_jax").warning(
             "%s: finishing the step and saving; a second one stops at once", self.name
         )
