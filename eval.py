@@ -77,7 +77,12 @@ def evaluate(workdir, output, roll):
     first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- run, cases, references
-    load_run = importlib.import_module(_LOADER.value).load_run
+    try:
+        load_run = importlib.import_module(_LOADER.value).load_run
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--loader={_LOADER.value}: {error}; expected a module with load_run"
+        ) from error
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
     config = config_lib.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)

@@ -128,6 +128,12 @@ def test_a_misspelt_key_is_said_without_the_config():
         assert words in text.lower() and given.split("=")[0] in text and len(text) < 200, text
 
 
+def test_a_loader_that_is_not_there(places, capsys):
+    """As tests.faults.runs calls eval.py: an error becomes what its main() makes of it."""
+    assert runs.evaluate(places, places / "evaluated", ["--loader=no.module"]) == 1
+    assert "--loader=no.module: No module named 'no'; expected" in capsys.readouterr().err
+
+
 def test_scans_where_records_are_wanted(places):
     with pytest.raises(ValueError, match=r"these are scans.*prepare --input=\S*raw --output=REC"):
         Records(places / "raw")
