@@ -28,7 +28,7 @@ from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
-from masm_jax.files import as_path, printable, replacing, told
+from masm_jax.files import as_path, check_output, printable, replacing, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import check_task, decoding, in_scan
 from masm_jax.parallel import in_order
@@ -72,11 +72,17 @@ def evaluate(workdir, output, roll):
     Of several processes (``roll``) each takes its share of the cases; the first one writes tables
     and report, from what all have put into ``output``.
     """
+    check_output(output)
     workdir, output = as_path(workdir), pathlib.Path(output)
     first = jax.process_index() == 0
 
     # ---------------------------------------------------------------- run, cases, references
-    load_run = importlib.import_module(_LOADER.value).load_run
+    try:
+        load_run = importlib.import_module(_LOADER.value).load_run
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--loader={_LOADER.value}: {error}; expected a module with load_run"
+        ) from error
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
     config = config_lib.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)

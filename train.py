@@ -25,7 +25,7 @@ from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import pictures, validation
-from masm_jax.files import as_path, replacing
+from masm_jax.files import as_path, check_output, replacing
 from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
 from masm_jax.models import from_monai
@@ -233,6 +233,7 @@ def main(_):
     readable = (ValueError, NonFinite, OSError)
     limit = flags.FLAGS.start_timeout
     with processes.joined(place, limit=limit, readable=readable) as roll:
+        check_output(_WORKDIR.value, flag="--workdir")
         holds = jax.process_index() == 0 and not _DRY_RUN.value
         with locks.alone(_WORKDIR.value, holds=holds):
             code = train(_CONFIG.value, _WORKDIR.value, roll)

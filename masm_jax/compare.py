@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.evaluation import tables
 from masm_jax.files import replacing, told
 
@@ -220,7 +221,7 @@ def table(rows):
 
 def main(argv=None):
     """Arguments in, exit code out; an error is one readable line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

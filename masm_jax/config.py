@@ -5,6 +5,7 @@ import json
 
 import ml_collections
 
+from masm_jax.data.conventions import hint
 from masm_jax.evaluation.lesions import STYLES
 from masm_jax.files import as_path, read_json, replacing
 from masm_jax.models.aware import PRUNING
@@ -265,8 +266,10 @@ def override(config, given):
         if section not in ("infer", "evaluation"):
             raise ValueError(f"--set {text}: only keys of infer. or evaluation. may change here")
         if name not in config[section]:
-            known = ", ".join(f"{section}.{known}" for known in config[section])
-            raise ValueError(f"--set {text}: no such key; expected one of {known}")
+            known = [f"{section}.{known}" for known in config[section]]
+            raise ValueError(
+                f"--set {text}: no such key{hint(key, known)}; expected one of {', '.join(known)}"
+            )
         _set(config[section], name, value, f"--set {text}")
     validate(config)
 

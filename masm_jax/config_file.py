@@ -74,5 +74,11 @@ def change(config, changes, where):
     try:
         config.update_from_flattened_dict(dict(changes))
     except (KeyError, TypeError, AttributeError) as error:
-        said = re.sub(r"[\\'\"]*\\n|[\\'\"]+", " ", str(error))
-        raise ValueError(f"{where}: {' '.join(said.split())}") from error
+        raise ValueError(f"{where}: {in_short(error)}") from error
+
+
+def in_short(error):
+    """What ml_collections says of a key, in a line: without the whole config that it quotes."""
+    said = re.sub(r"[\\'\"]*\\n|[\\'\"]+", " ", str(error))
+    said = re.sub(r"Other fields present:.*?(?=Did you mean|$)", "", said, flags=re.DOTALL)
+    return " ".join(said.split())

@@ -11,7 +11,6 @@ is in the grid of the records. Each case is segmented up to twelve times.
 Exit codes: 0 done (whatever was found), 1 an error, 2 usage.
 """
 
-import argparse
 import copy
 import dataclasses
 import json
@@ -25,6 +24,7 @@ import numpy as np
 
 from masm_jax import config as config_lib
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import diagnosis_page, findings, tables
 from masm_jax.files import as_path, replacing, told
@@ -39,7 +39,7 @@ KEEP_ALL = 1e4  # added to the logit of "keep"
 
 def main(argv=None):
     """Flags in, exit code out."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.diagnose", description="Failure signatures of a trained run."
     )
     parser.add_argument("run", help="folder written by train.py")

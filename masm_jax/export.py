@@ -7,7 +7,6 @@ FOLDER gets the averaged weights, a program per platform and export.json
 (masm_jax/inference/exported.py says what is in them). Exit codes: 0 done, 1 an error, 2 usage.
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -18,6 +17,7 @@ import numpy as np
 
 import masm_jax
 from masm_jax import runtime, sharding
+from masm_jax.arguments import Parser
 from masm_jax.files import told
 from masm_jax.inference import exported
 from masm_jax.inference.volume import Settings, restore_run
@@ -49,7 +49,7 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.export", description="Export a trained run into one folder."
     )
     parser.add_argument("--workdir", required=True, help="folder of the run (train.py --workdir)")

@@ -102,6 +102,19 @@ def read_json(path: str | os.PathLike, fix: str, kind: type = dict) -> Any:
     return content
 
 
+def check_output(folder: str | os.PathLike, *, flag: str = "--output") -> None:
+    """See that what ``flag`` names can be a folder, before hours of work go into it.
+
+    Raises:
+        ValueError: it, or what it should be in, is a file.
+    """
+    for place in (as_path(folder), *as_path(folder).parents):
+        if place.exists():
+            if not place.is_dir():
+                raise ValueError(f"{flag}={folder}: {place} is a file; name a folder")
+            return
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether it is in a bucket: no renaming, no appending, and the network in between."""
     return "://" in os.fspath(path)

@@ -12,13 +12,13 @@ that no fold validates or two do, folds of different splits, runs of different c
 0 done, 1 an error, 2 usage, 3 done, but some cases had failed in ``eval.py``.
 """
 
-import argparse
 import json
 import pathlib
 import sys
 
 from masm_jax import config as config_lib
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.data import records
 from masm_jax.evaluation import tables
 from masm_jax.files import told
@@ -86,7 +86,7 @@ def gather(runs):
 
 def main(argv=None):
     """Flags in, exit code out."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.folds", description="Gather the folds of a cross-validation."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of the folds' runs")

@@ -73,10 +73,18 @@ def soft_dice(overlap, total, *, batch_dice, smooth=1e-5):
 
 
 def cross_entropy(logits, targets, num_regions):
-    """Mean binary cross-entropy per example and region; arguments and result as ``overlaps``."""
-    # max(x, 0) - x t + log(1 + exp(-|x|)), the form that neither over- nor underflows.
-    loss = jnp.maximum(logits, 0) - logits * targets + jnp.log1p(jnp.exp(-jnp.abs(logits)))
-    return _voxels_summed(loss, num_regions) * (num_regions / np.prod(logits.shape[1:]))
+    """Mean binary cross-entropy per example and region; arguments and result as ``overlaps``.
+
+    Finite for finite logits up to 1e38. An infinite logit gives NaN or infinity, whichever its
+    target: a network that has diverged stops the training (metric_log.py), and is not hidden.
+    """
+    # max(x, 0) - x t + log(1 + exp(-|x|)), the form that neither over- nor underflows. The maximum
+    # is (x + |x|) / 2: its kink and the logarithm's then cancel, and the gradient is right at 0,
+    # where all logits of an empty crop are when a training starts.
+    size = jnp.abs(logits)
+    loss = 0.5 * logits + 0.5 * size - logits * targets + jnp.log1p(jnp.exp(-size))
+    # Divided first: the sum of a few logits of 1e38 is infinite, their mean is not.
+    return _voxels_summed(loss * (num_regions / np.prod(logits.shape[1:])), num_regions)
 
 
 def segmentation_terms(logits, targets, num_regions):
@@ -122,7 +130,7 @@ def segmentation_loss(terms, *, batch_dice):
     total = 0.0
     for i, (head, weight) in enumerate(zip(terms, weights)):
         dice = soft_dice(head["overlap"], head["total"], batch_dice=batch_dice).mean()
-        entropy = head["entropy"].mean()
+        entropy = (head["entropy"] / head["entropy"].size).sum()  # divided first, as above
         if i == 0:
             parts = {"dice_loss": dice, "cross_entropy": entropy}
         total += weight / sum(weights) * (dice + entropy)

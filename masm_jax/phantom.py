@@ -21,6 +21,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from masm_jax.arguments import Parser
 from masm_jax.data.simulate import VERSION, Phantom, simulate
 from masm_jax.files import replacing, told
 from masm_jax.parallel import in_order
@@ -77,10 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.phantom",
         description="Writes simulated brain tumour cases in the layout of BraTS 2021.",
-        allow_abbrev=False,
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write to")
     parser.add_argument("--cases", type=int, required=True, metavar="N", help="number of cases")

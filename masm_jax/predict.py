@@ -11,7 +11,6 @@ to look at, and OUT/CASE.json with volumes and how they were made. Exit codes: 0
 usage, 3 done but some cases failed (listed).
 """
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -23,10 +22,11 @@ import time
 import numpy as np
 
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
-from masm_jax.files import name_fault, printable, told
+from masm_jax.files import check_output, name_fault, printable, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
 from masm_jax.inference.volume import check_task, decoding, in_scan, load_run
@@ -63,7 +63,7 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.predict", description="Segment scans with a trained run."
     )
     network = parser.add_mutually_exclusive_group(required=True)
@@ -88,6 +88,7 @@ def _parser():
 
 
 def _predict(args):
+    check_output(args.output)
     if args.from_export:
         segmenter, meta = load_export(args.from_export)
     else:

@@ -20,19 +20,9 @@ from typing import NoReturn
 import tqdm
 
 from masm_jax import locks
+from masm_jax.arguments import Parser
 from masm_jax.data import build, cases, conventions
-from masm_jax.files import printable, told
-
-
-class _Parser(argparse.ArgumentParser):
-    """Names the flag that was probably meant."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            word = message.split(": ", 1)[1].split()[0].split("=")[0]
-            message += conventions.hint(word, known)
-        super().error(message)
+from masm_jax.files import check_output, printable, told
 
 
 class _Stopped(Exception):
@@ -51,9 +41,7 @@ def _positive(kind):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m masm_jax.prepare", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m masm_jax.prepare", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--input", required=True, metavar="RAW", help="folder of one case or many, at any depth")
     add("--output", required=True, metavar="RECORDS", help="folder to write the records to")
@@ -110,6 +98,11 @@ def _prepare(flags: argparse.Namespace) -> int:
     if os.path.realpath(flags.input) == os.path.realpath(flags.output):
         return _fail(
             "--input and --output are the same folder; give the records a folder of their own"
+        )
+    check_output(flags.output)
+    if os.path.isfile(os.path.join(flags.output, "config.json")):
+        return _fail(
+            f"--output={flags.output} is a run of train.py; give the records a folder of their own"
         )
     started = time.monotonic()
     found, problems = cases.find_cases(

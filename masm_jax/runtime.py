@@ -7,10 +7,15 @@ import pathlib
 import re
 import signal
 import sys
+import time
 
 import jax
 from absl import flags
 
+from masm_jax.config_file import in_short
+from masm_jax.data.conventions import hint
+
+_SAME = 1.0  # seconds
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED, EXIT_PEER = 1, 2, 3, 75, 76
 
 
@@ -82,20 +87,48 @@ def parse_flags(argv):
         # A config file that is not there shows only where its content is asked for.
         getattr(getattr(flags.FLAGS, "config", None), "keys", None)
     except (flags.Error, TypeError, ValueError, OSError) as error:
-        problem = str(error)
+        problem = _no_config(argv) or _plainly(str(error))
     except (KeyError, AttributeError) as error:  # of ml_collections, for a key the config has not
-        problem = "unknown config key: " + re.sub(r"[\\'\"]*\\n|[\\'\"]+", " ", str(error))
+        problem = f"unknown config key: {in_short(error)}"
+    except (SyntaxError, NameError, ImportError) as error:  # it is a program
+        problem = f"the file of --config cannot be run: {type(error).__name__}: {error}"
     if problem:
         print(f"{pathlib.Path(argv[0]).name}: {' '.join(problem.split())}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     return argv[:1]
 
 
+def _plainly(text):
+    """What absl says of a flag, in the words of the other commands."""
+    for pattern, words in (
+        (r"flag --(\w+)=None: Flag --\w+ must have a value other than None.", r"--\1 is missing"),
+        (r"invalid literal for int\(\) with base 10: '.*'", "expected a whole number"),
+        (r"could not convert string to float: '.*'", "expected a number"),
+    ):
+        text = re.sub(pattern, words, text)
+    return text
+
+
+def _no_config(argv):
+    """What to say where --config is no file: not what ml_collections makes of it, "" otherwise."""
+    given = [word.removeprefix("--config=") for word in argv if word.startswith("--config=")]
+    path = pathlib.Path(given[-1].split(":")[0]) if given else None
+    if path is None or path.is_file():
+        return ""
+    beside = [str(place) for place in path.parent.glob("*.py") if place.stem != "__init__"]
+    near = hint(str(path), beside)
+    return f"--config={path}: no such file{near}; expected such as configs/masm_brats.py"
+
+
 class StopSignal:
-    """Makes the first SIGTERM or Ctrl-C a flag that the loop reads; the second acts at once."""
+    """Makes the first SIGTERM or Ctrl-C a flag that the loop reads; a later one acts at once.
+
+    Within a second it is taken for the same: a signal to a process group comes twice where make,
+    timeout or a launcher in the group passes it on, and the step would not be saved.
+    """
 
     def __init__(self):
-        self.name = None
+        self.name, self._since = None, None
         self._previous = {}
 
     def __enter__(self):
@@ -111,8 +144,13 @@ class StopSignal:
         return self.name is not None
 
     def _receive(self, number, _frame):
-        self.name = signal.Signals(number).name
-        signal.signal(number, self._previous[number])
+        now = time.monotonic()
+        if self.name is not None:
+            if now - self._since > _SAME:
+                signal.signal(number, self._previous[number])
+                signal.raise_signal(number)
+            return
+        self.name, self._since = signal.Signals(number).name, now
         logging.getLogger("masm_jax").warning(
             "%s: finishing the step and saving; a second one stops at once", self.name
         )

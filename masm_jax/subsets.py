@@ -10,7 +10,6 @@ training (data.modality_dropout = 0) is measured all the same, and marked.
 Exit codes: 0 done, 1 an error, 2 usage.
 """
 
-import argparse
 import itertools
 import json
 import logging
@@ -23,6 +22,7 @@ import numpy as np
 
 from masm_jax import config as config_lib
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
@@ -35,7 +35,7 @@ _log = logging.getLogger("masm_jax.subsets")  # run as a module, __name__ is "__
 
 def main(argv=None):
     """Flags in, exit code out."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.subsets", description="Dice for every subset of the modalities."
     )
     parser.add_argument("--workdir", action="append", required=True, help="a run; may be repeated")

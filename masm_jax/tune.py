@@ -13,7 +13,6 @@ A gain on the cases it was chosen on is flattering. The gain printed beside it w
 cases: chosen on four fifths of them, measured on the fifth, in turn.
 """
 
-import argparse
 import datetime
 import json
 import logging
@@ -26,6 +25,7 @@ import numpy as np
 
 from masm_jax import config as config_lib
 from masm_jax import runtime
+from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
@@ -130,7 +130,7 @@ def cross_fitted(cases, infer, regions):
 
 def main(argv=None):
     """Flags in, exit code out."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.tune", description="Choose thresholds and small-component rules."
     )
     parser.add_argument(

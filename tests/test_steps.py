@@ -115,6 +115,19 @@ def test_a_step_moves_everything_on(mixed, make_config):
         np.testing.assert_allclose(by_path(after["ema"])[name], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_crops_of_air_and_without_tumour_train(mixed):
+    """Zeros, constants, the largest numbers of float16; no tumour in any of them."""
+    mesh, state, step = mixed
+    data = batch()
+    data["label"][:] = 0
+    image = data["image"]
+    image[0], image[1], image[2], image[3] = 0, 5, 65504, -65504
+    image[4, 1], image[5, :, ::2], image[5, :, 1::2] = 0, 65504, -65504
+    state, metrics = step(state, sharding.global_batch(mesh, data))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((metrics, state["params"])))
+    assert metrics["train/grad_norm"] > 0
+
+
 def test_a_few_steps_lower_the_loss(mixed):
     mesh, state, step = mixed
     data = sharding.global_batch(mesh, batch())

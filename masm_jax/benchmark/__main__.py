@@ -9,6 +9,7 @@ import argparse
 import importlib
 import sys
 
+from masm_jax.arguments import Parser
 from masm_jax.files import told
 
 COMMANDS = {
@@ -28,9 +29,7 @@ COMMANDS = {
 def main(argv=None):
     """Arguments in, exit code out."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        prog="python -m masm_jax.benchmark", description="Cost of the network."
-    )
+    parser = Parser(prog="python -m masm_jax.benchmark", description="Cost of the network.")
     commands = parser.add_subparsers(dest="command", required=True)
     module = None
     for name, words in COMMANDS.items():

@@ -103,6 +103,9 @@ def read_index(root: Path | str) -> dict[str, Any]:
     make = f"make the records with python -m masm_jax.prepare --input=RAW --output={root}"
     if not path.is_file():
         state = "prepare did not finish there" if path.parent.is_dir() else "no such folder"
+        if next(path.parent.glob("*/*.nii*"), None) or next(path.parent.glob("*.nii*"), None):
+            state = "these are scans"
+            make = f"give the records, or make them: prepare --input={root} --output=RECORDS"
         raise ValueError(f"{path}: no index of records ({state}); expected one; {make}")
     index = read_json(path, make)
     if index.get("version") != VERSION:

@@ -34,6 +34,7 @@ import time
 import jax
 
 from masm_jax import commands, runtime
+from masm_jax.arguments import Parser
 from masm_jax.benchmark import accuracy_report
 from masm_jax.commands import REPOSITORY, Stopped
 from masm_jax.files import replacing, told
@@ -43,7 +44,7 @@ from masm_jax.sweep import cost, definition, report
 
 def main(argv=None):
     """Arguments in, exit code out; an error is one readable line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m masm_jax.sweep",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
