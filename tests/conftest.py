@@ -1,5 +1,6 @@
 """Shared fixtures. Set before JAX starts: CPU only, eight devices, quick compilation."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 # Tests compile many programs and run each once or twice; tests/parity turns this off.
 jax.config.update("jax_disable_most_optimizations", True)
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 # Files of minutes: first, so that at the end no worker is left with one of them alone.
@@ -28,8 +30,22 @@ if jax.__version_info__ >= (0, 11):
     QUICK = {}
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)
+def pytest_addoption(parser):
+    today = datetime.date.today().toordinal()  # of all workers the same
+    words = "order of the tests in a file, and of the files; another one each day"
+    parser.addoption("--order_seed", type=int, default=today, help=words)
+
+
+def pytest_report_header(config):
+    return f"order of the tests: --order_seed={config.getoption('order_seed')}"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Files in random order, the long ones first; the tests of a file in random order."""
+    random = np.random.default_rng(config.getoption("order_seed"))
+    files = {path: random.random() for path in dict.fromkeys(item.path for item in items)}
+    place = {item: random.random() for item in items}
+    items.sort(key=lambda item: (item.path.name not in LONG, files[item.path], place[item]))
 
 
 @pytest.fixture(scope="session")
