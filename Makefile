@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help interpreter venv lock audit test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
+.PHONY: help interpreter venv lock audit coverage upgrade-test test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -12,6 +12,7 @@ PYTEST ?=
 VENV ?= .venv
 TPU_VENV ?= .venv-tpu
 BENCH_VENV ?= .venv-bench
+UPGRADE_VENV ?= .venv-upgrade
 PY := $(VENV)/bin/python
 # The first that runs, has a right version and can make environments: a name on the PATH may be a
 # shim that only fails, and Debian's python3 cannot make environments without python3-venv.
@@ -19,11 +20,16 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
 
+NEWEST ?= $(or $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python3.12; do \
+	$$p -c 'import ensurepip' >/dev/null 2>&1 && echo $$p && break; done),$(PYTHON))
+
 help:
 	@echo "make test          set up $(VENV), then lint and tests; PYTEST=\"-m slow\" runs the slow ones"
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
 	@echo "make lint          ruff (rules and format), mypy (types)"
+	@echo "make coverage      the tests, and which lines of the package none of them runs"
+	@echo "make upgrade-test  the tests with the newest versions that pyproject.toml allows, in $(UPGRADE_VENV)"
 	@echo "make audit         ask PyPI for known vulnerabilities of what requirements.lock pins"
 	@echo "make venv          set up $(VENV) with requirements.lock; PYTHON=/path/to/python3.12 chooses a Python"
 	@echo "make tpu-env       set up $(TPU_VENV): the TPU compiler, for a machine without a TPU"
@@ -101,6 +107,22 @@ test: test-tools
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+# What the tests run of the package, commands in processes of their own included; the lines that none
+# runs are named, fewest covered first. Takes longer than `make test`.
+coverage: test-tools
+	rm -f .coverage .coverage.*
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(PYTEST); code=$$?; \
+	$(PY) -m coverage report --skip-covered --show-missing --sort=cover; exit $$code
+
+# The tests with the newest versions that pyproject.toml allows, on the newest Python at hand.
+upgrade-test:
+	@$(MAKE) --no-print-directory VENV="$(UPGRADE_VENV)" PYTHON="$(NEWEST)" interpreter
+	$(UPGRADE_VENV)/bin/python -m pip install --disable-pip-version-check --no-input --upgrade -e .
+	sed -e '/^-r /d' requirements-test.txt > $(UPGRADE_VENV)/test-tools.txt
+	$(UPGRADE_VENV)/bin/python -m pip install --disable-pip-version-check --no-input -r $(UPGRADE_VENV)/test-tools.txt
+	$(UPGRADE_VENV)/bin/python -m pip list --format=freeze | grep -E '^(jax|jaxlib|flax|optax|orbax-checkpoint|grain|numpy|scipy)=='
+	$(UPGRADE_VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 lint: test-tools
 	$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
