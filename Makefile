@@ -183,5 +183,5 @@ endef
 export TABLE
 
 clean:
-	rm -rf demo .pytest_cache .ruff_cache .mypy_cache build ./*.egg-info
+	rm -rf demo .pytest_cache .ruff_cache .mypy_cache .hypothesis .coverage* build ./*.egg-info
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
