@@ -43,6 +43,7 @@ def alone(folder, *, holds=True):
         yield
         return
     lock = Lock(as_path(folder) / ".lock")
+    made = not lock.path.parent.exists()
     try:
         holder = lock.take()
     except OSError as error:
@@ -69,6 +70,9 @@ def alone(folder, *, holds=True):
         ended.set()
         thread.join()
         lock.release()
+        if made:
+            with contextlib.suppress(OSError):  # something was done there
+                lock.path.parent.rmdir()
 
 
 def _beat(path, ended):

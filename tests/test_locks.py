@@ -118,6 +118,10 @@ def test_two_do_not_work_in_one_folder(tmp_path):
         with locks.alone(folder, holds=False):  # another process of the same run
             pass
         assert (folder / ".lock").is_file()
+    assert not folder.exists()  # nothing was done in it
+    folder.mkdir()
+    with locks.alone(folder):
+        pass
     assert list(folder.iterdir()) == []
 
 

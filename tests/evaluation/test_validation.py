@@ -34,7 +34,7 @@ def records(tmp_path_factory):
             "affine": np.diag([1.0, 2.0, 3.0, 1.0]).tolist(),
             "files": {},
             "labels": {},
-            "paint": {},
+            "paint": {name: value for value, name in enumerate(REGIONS, 1)},
         }
         image = np.stack([label, 10 * label]).astype(np.float16)
         records_lib.write_record(root, Record(image, label, meta))
