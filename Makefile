@@ -2,7 +2,7 @@
 # no accelerator. Any target can be called again: what is done is kept, what was stopped goes on.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help interpreter venv lock audit coverage upgrade-test test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare clean
+.PHONY: help interpreter venv lock audit coverage upgrade-test test-tools tpu-env tpu-tools bench-env bench-tools test lint demo-records demo demo-compare sweep-records clean
 .NOTPARALLEL:
 export PYTHONUNBUFFERED := 1
 
@@ -27,6 +27,7 @@ help:
 	@echo "make test          set up $(VENV), then lint and tests; PYTEST=\"-m slow\" runs the slow ones"
 	@echo "make demo          set up, simulate CASES=$(CASES) patients, train MASM on the CPU, evaluate: demo/"
 	@echo "make demo-compare  the same training without mixers, twice ('late', 'unet'), beside the demo's"
+	@echo "make sweep-records simulated patients for the sweeps: demo/coarse"
 	@echo "make lint          ruff (rules and format), mypy (types)"
 	@echo "make coverage      the tests, and which lines of the package none of them runs"
 	@echo "make upgrade-test  the tests with the newest versions that pyproject.toml allows, in $(UPGRADE_VENV)"
@@ -159,6 +160,11 @@ demo-records: venv
 	$(PY) -m masm_jax.phantom --output=demo/phantoms --cases=$(CASES) --spacing=3 --seed=0 --workers=2
 	@echo; echo "demo, 2 of 4: records"
 	$(PY) -m masm_jax.prepare --input=demo/phantoms --output=demo/records --workers=2
+
+# What configs/sweeps trains on: coarse, so that a run takes two minutes of a core.
+sweep-records: venv
+	$(PY) -m masm_jax.phantom --output=demo/coarse/phantoms --cases=60 --spacing=4 --seed=0 --workers=2
+	$(PY) -m masm_jax.prepare --input=demo/coarse/phantoms --output=demo/coarse/records --workers=2
 
 demo-compare: demo-records
 	@echo; echo "late: shared encoder, skips concatenated, no mixers"

@@ -1,9 +1,9 @@
 """What may follow the Modality-Shift attention: nothing, gates, windows, and them together.
 
-    make demo-records
+    make sweep-records
     python -m masm_jax.sweep --config=configs/sweeps/extras.py --workdir=runs/extras
 
-Phantoms and 300 steps: for a sense of direction, not for BraTS.
+Coarse phantoms and 300 steps: for a sense of direction, not for BraTS.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """The masks of the Modality-Aware mixers: temperature, noise, keep target, and what they do.
 
-    make demo-records
+    make sweep-records
     python -m masm_jax.sweep --config=configs/sweeps/masks.py --workdir=runs/masks
 
-Phantoms and 300 steps: for a sense of direction, not for BraTS.
+Coarse phantoms and 300 steps: for a sense of direction, not for BraTS.
 """
 
 from configs import sweeps

@@ -1,9 +1,9 @@
 """Which modalities the Modality-Aware mixers pair: the clinical pairs, others, all, none.
 
-    make demo-records
+    make sweep-records
     python -m masm_jax.sweep --config=configs/sweeps/pairs.py --workdir=runs/pairs
 
-Phantoms and 300 steps: for a sense of direction, not for BraTS.
+Coarse phantoms and 300 steps: for a sense of direction, not for BraTS.
 """
 
 import itertools

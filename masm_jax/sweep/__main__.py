@@ -54,6 +54,7 @@ def main(argv=None):
     parser.add_argument(
         "--rows", metavar="A,B", help="run these alone; the table has all that is done"
     )
+    parser.add_argument("--seeds", metavar="A,B", help="of these alone, likewise")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
         help="of the config, for all rows: total_steps=1100; may be repeated",
@@ -75,7 +76,7 @@ def main(argv=None):
 def _run(args):
     jax.config.update("jax_platforms", "cpu")  # devices are for the runs; here shapes are traced
     sweep = definition.load(args.config, args.workdir, args.set)
-    runs = _chosen(sweep, args.rows)
+    runs = _chosen(sweep, args.rows, args.seeds)
     sweep.check_folders()
     if args.report:
         return _report(sweep)
@@ -181,18 +182,26 @@ def _commands(sweep, run):
     return train, evaluate
 
 
-def _chosen(sweep, rows):
-    """The runs of these rows."""
-    if rows is None:
-        return sweep.runs()
-    names = [name.strip() for name in rows.split(",") if name.strip()]
-    unknown = [name for name in names if name not in sweep.rows]
+def _chosen(sweep, rows, seeds):
+    """The runs of these rows and seeds."""
+    rows = _some(sweep, "row", rows, sweep.rows)
+    seeds = _some(sweep, "seed", seeds, sweep.seeds)
+    return [run for run in sweep.runs() if run.row in rows and str(run.seed) in seeds]
+
+
+def _some(sweep, what, given, known):
+    """Names out of ``--rows`` or ``--seeds``; all where the flag was not given."""
+    known = [str(name) for name in known]
+    if given is None:
+        return known
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
-            f"--rows={rows}: {', '.join(unknown) or 'none'} is no row of {sweep.name}; expected "
-            f"some of {', '.join(sweep.rows)}"
+            f"--{what}s={given}: {', '.join(unknown) or 'none'} is no {what} of {sweep.name}; "
+            f"expected some of {', '.join(known)}"
         )
-    return [run for run in sweep.runs() if run.row in names]
+    return names
 
 
 def _words(sweep, run):
