@@ -7,6 +7,7 @@ rows beside each other, times the kernel. What each form gains: docs/performance
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -136,20 +137,39 @@ def _kernel_gradient(x, dy, size, depth):
     plane = h * w * size * size * out * dy.dtype.itemsize
     parts = _parts(depth, max(1, _OF_PLANES // plane))  # of a volume
     planes = depth // parts
-    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
+    volumes = spatial.with_halo(x.reshape(-1, depth, h * w, channels), side)
+    if planes == 1:  # turned once, and not with every plane that is a neighbour of three
+        volumes = volumes.swapaxes(2, 3)
     padded = jnp.pad(dy, ((0, 0), (side, side), (side, side), (0, 0)))
 
     def product(index):
-        start = (index // parts, index % parts * planes, 0, 0, 0)
-        (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, h, w, channels))
-        seen = jnp.concatenate([seen[t : t + planes] for t in range(size)], -1)
+        start = (index // parts, index % parts * planes, 0, 0)
+        (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
         near = lax.dynamic_slice_in_dim(padded, index * planes, planes)
         near = jnp.concatenate([near[:, i : i + h, j : j + w] for i, j in starts], -1)
-        return jnp.einsum("nhwc,nhwo->co", seen, near, preferred_element_type=jnp.float32)
+        near = near.reshape(-1, near.shape[-1])
+        if planes == 1:
+            return _sums(seen.reshape(size * channels, h * w), near)
+        seen = jnp.concatenate([seen[t : t + planes] for t in range(size)], -1)
+        return _sums(seen.reshape(-1, size * channels).T, near)
 
-    total = lax.map(product, jnp.arange(n // planes)).sum(0)
+    total = _total(product, n // planes, (size * channels, size * size * out), like=x)
     total = total.reshape(size, channels, size, size, out).transpose(0, 2, 3, 1, 4)
     return total.astype(x.dtype)
+
+
+def _sums(x, y):
+    """x @ y, summed in float32."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _total(product, count, shape, like):
+    """The sum of ``product(index)``, in place: a stack of them would be read once more.
+
+    It begins with 0 of ``like``: of a number that may be another one on each device.
+    """
+    zero = jnp.zeros(shape, jnp.float32) + 0 * like.reshape(-1)[0].astype(jnp.float32)
+    return lax.fori_loop(0, count, lambda index, total: total + product(index), zero)
 
 
 # ---------------------------------------------------------------- stride 2, kernels of 3
@@ -172,16 +192,17 @@ def _halved_forward(x, kernel, depth, devices):
 def _halved_backward(depth, devices, saved, dy):
     x, kernel = saved
     with spatial.shared_by(devices):
-        parts, rows, neighbours = _of_every_second(x, depth)
+        parts, _, neighbours = _of_every_second(x, depth)
         dx = _to_every_second(dy, kernel, depth // 2)
 
-    def product(part):
-        index, dy = part
-        seen = neighbours(index)
-        return jnp.einsum("hwc,hwo->co", seen, dy, preferred_element_type=jnp.float32)
+    split = dy.reshape(parts, -1, dy.shape[-1])
 
-    split = dy.reshape(parts, rows, *dy.shape[2:])
-    total = lax.map(product, (jnp.arange(parts), split)).sum(0)
+    def product(index):
+        seen = neighbours(index)
+        return _sums(seen.reshape(-1, seen.shape[-1]).T, split[index])
+
+    shape = math.prod(kernel.shape[:-1]), kernel.shape[-1]
+    total = _total(product, parts, shape, like=x)
     return dx, total.reshape(kernel.shape).astype(x.dtype)
 
 
