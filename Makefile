@@ -107,14 +107,14 @@ test: test-tools
 	$(PY) -m scripts.audit
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(PYTEST)
 
 # What the tests run of the package, commands in processes of their own included; the lines that none
 # runs are named, fewest covered first. Takes longer than `make test`.
 coverage: test-tools
 	rm -f .coverage .coverage.*
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report= $(PYTEST); code=$$?; \
-	$(PY) -m coverage report --skip-covered --show-missing --sort=cover; exit $$code
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-config=tests/coverage.ini --cov-report= $(PYTEST); code=$$?; \
+	$(PY) -m coverage report --rcfile=tests/coverage.ini --skip-covered --show-missing --sort=cover; exit $$code
 
 # The tests with the newest versions that pyproject.toml allows, on the newest Python at hand.
 upgrade-test:

@@ -24,7 +24,7 @@ from masm_jax import checkpoint, locks, processes, runtime, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import pictures, validation
+from masm_jax.evaluation import validation
 from masm_jax.files import as_path, check_output, replacing
 from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
@@ -177,6 +177,8 @@ def train(config, workdir, roll):
     metrics.flush()
     metrics.close()
     if first:
+        from masm_jax.evaluation import pictures  # Matplotlib: not before the first step
+
         pictures.curves(workdir / "curves.png", workdir / "metrics.jsonl")
     if stopped:
         log.info("saved step %d in %s; the same command goes on", step, checkpoints.folder)

@@ -12,7 +12,6 @@ import math
 import time
 
 import jax
-import matplotlib.image
 
 from masm_jax.files import as_path, is_remote, replacing
 
@@ -90,7 +89,9 @@ class MetricLog:
             if key != "step" and value is not None:
                 self._board.add_scalar(key, value, step)
         for name, path in (pictures or {}).items():
-            picture = matplotlib.image.imread(path)[..., :3]
+            from matplotlib import image  # where there are pictures, Matplotlib is loaded
+
+            picture = image.imread(path)[..., :3]
             self._board.add_image(f"overlay/{name}", picture, step, dataformats="HWC")
 
     def close(self):

@@ -9,7 +9,6 @@ import numpy as np
 
 from masm_jax import sharding
 from masm_jax.data.pipeline import batches
-from masm_jax.evaluation import pictures
 from masm_jax.evaluation.metrics import dice
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import decoding
@@ -73,6 +72,8 @@ def volume_dice(segmenter, records, cases, roll, overlays=None):
             for name, values in regions.items()
         }
         if case in (overlays or {}):
+            from masm_jax.evaluation import pictures  # Matplotlib: not before the first step
+
             pictures.overlay(
                 overlays[case],
                 records.image(case),
