@@ -298,7 +298,9 @@ def test_help_is_helpful(capsys):
     assert "get_sweep()" in said and "--dry_run" in said and "75 stopped" in said
 
 
-@pytest.mark.parametrize("name", ["backbones", "extras", "masks", "missing", "mosaics", "pairs", "sizes"])
+@pytest.mark.parametrize(
+    "name", ["backbones", "extras", "masks", "missing", "mosaics", "pairs", "sizes"]
+)
 def test_the_shipped_sweeps_are_valid(name, tmp_path, monkeypatch):
     sweep = definition.load(f"configs/sweeps/{name}.py", tmp_path)
     assert sweep.seeds == (0, 1, 2) and len(sweep.rows) >= 3

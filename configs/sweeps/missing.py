@@ -4,9 +4,9 @@
     python -m masm_jax.sweep --config=configs/sweeps/missing.py --workdir=runs/missing
     python -m masm_jax.subsets --workdir=runs/missing/masm-dropout/seed-0 ... --output=runs/subsets
 
-The sweep scores all modalities together; ``masm_jax.subsets`` scores each of the 15 subsets. Where one
-is missing, the U-Net is fed zeros. Coarse phantoms and 300 steps: for a sense of direction, not for
-BraTS.
+The sweep scores all modalities together; ``masm_jax.subsets`` scores each of the 15 subsets. Where
+one is missing, the U-Net is fed zeros. Coarse phantoms and 300 steps: for a sense of direction, not
+for BraTS.
 """
 
 from configs import sweeps
