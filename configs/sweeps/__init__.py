@@ -1,7 +1,7 @@
 """Sweeps of ``python -m masm_jax.sweep``: each file here compares variants of one part of MASM."""
 
-# Phantoms of 4 mm (make sweep-records): a crop of 32^3 is nearly as much of a brain as one of 48^3 at
-# 3 mm, and a run takes two minutes on one CPU core.
+# Phantoms of 4 mm (make sweep-records): a crop of 32^3 is nearly as much of a brain as one of 48^3
+# at 3 mm, and a run takes two minutes on one CPU core.
 SCORED = tuple(f"Phantom_{number:05d}" for number in range(40, 60))
 COMMON = {
     "data.records": "demo/coarse/records",
