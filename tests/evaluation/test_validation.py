@@ -35,6 +35,8 @@ def records(tmp_path_factory):
             "files": {},
             "labels": {},
             "paint": {name: value for value, name in enumerate(REGIONS, 1)},
+            "volumes_ml": None,
+            "hashes": {},
         }
         image = np.stack([label, 10 * label]).astype(np.float16)
         records_lib.write_record(root, Record(image, label, meta))
