@@ -22,6 +22,7 @@ from masm_jax.files import as_path, is_remote
 _log = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # flock() on Lustre, unless mounted with it
 BEAT = 20.0  # seconds between signs of life of who works alone in a folder
+_held: dict["Lock", bool] = {}  # whether its folder was made for it
 
 
 @contextlib.contextmanager
@@ -64,15 +65,28 @@ def alone(folder, *, holds=True):
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(lock.path, ended), daemon=True)
     thread.start()
+    _held[lock] = made
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        lock.release()
-        if made:
-            with contextlib.suppress(OSError):  # something was done there
-                lock.path.parent.rmdir()
+        _give_back(lock)
+
+
+def give_back_all():
+    """What ``alone`` holds, for an end by ``os._exit``: nothing is unwound then."""
+    for lock in list(_held):
+        with contextlib.suppress(OSError):
+            _give_back(lock)
+
+
+def _give_back(lock):
+    made = _held.pop(lock, False)
+    lock.release()
+    if made:
+        with contextlib.suppress(OSError):  # something was done there
+            lock.path.parent.rmdir()
 
 
 def _beat(path, ended):

@@ -13,6 +13,7 @@ import time
 
 import jax
 
+from masm_jax import locks
 from masm_jax.rollcall.hub import Hub
 from masm_jax.rollcall.members import ANSWER, HELLO, THE_END, Member, for_ever, gone, line, silent
 from masm_jax.runtime import EXIT_ERROR, EXIT_PEER
@@ -257,6 +258,7 @@ def _say(text, code):
 
 
 def _exit(code):
+    locks.give_back_all()
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     os._exit(code)  # sys.exit would end this thread alone
