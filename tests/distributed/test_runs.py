@@ -142,7 +142,8 @@ def test_a_killed_process_ends_the_other_and_both_go_on(alone, processes, words,
     (line,) = [line for line in first.said().splitlines() if line.startswith("train.py: ")]
     assert "process 1 of 2" in line and "start all processes again" in line
     kept = saved(workdir)[-1]
-    assert codes(*processes(*flags)) == [0, 0]
+    again = processes(*flags)
+    assert codes(*again) == [0, 0], [one.said() for one in again]
     assert_same_losses(losses(alone), losses(workdir))
     assert kept >= 2 and saved(workdir)[-1] == STEPS
     numbers = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
