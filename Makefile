@@ -107,7 +107,7 @@ test: test-tools
 	$(PY) -m scripts.audit
 	@# Two at a time: compiling, which takes most of it, uses one core. A file stays together, its
 	@# tests share what they have trained.
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term $(PYTEST)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(PYTEST),,--cov --cov-report=term) $(PYTEST)
 
 # What the tests run of the package, commands in processes of their own included; the lines that none
 # runs are named, fewest covered first. Takes longer than `make test`.

@@ -11,6 +11,26 @@ from masm_jax.data.conventions import hint
 _KINDS = {"int": "a whole number", "float": "a number"}
 
 
+def some(flag, text, known):
+    """The words of a flag such as --mode=infer,train.
+
+    Args:
+        flag: its name without dashes.
+        text: what was given.
+        known: words that it may have.
+
+    Raises:
+        ValueError: none, or one that is not known.
+    """
+    known = [str(word) for word in known]
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    unknown = [word for word in words if word not in known]
+    if unknown or not words:
+        wrong = f"{unknown[0]} is not known{hint(unknown[0], known)}" if unknown else "nothing"
+        raise ValueError(f"--{flag}={text}: {wrong}; expected some of {', '.join(known)}")
+    return words
+
+
 class Parser(argparse.ArgumentParser):
     """``argparse.ArgumentParser`` without abbreviated flags; its errors are one line, exit code 2.
 

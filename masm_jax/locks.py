@@ -22,7 +22,7 @@ from masm_jax.files import as_path, is_remote
 _log = logging.getLogger(__name__)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # flock() on Lustre, unless mounted with it
 BEAT = 20.0  # seconds between signs of life of who works alone in a folder
-_held: dict["Lock", bool] = {}  # whether its folder was made for it
+_held: set["Lock"] = set()  # of ``alone``
 
 
 @contextlib.contextmanager
@@ -44,7 +44,6 @@ def alone(folder, *, holds=True):
         yield
         return
     lock = Lock(as_path(folder) / ".lock")
-    made = not lock.path.parent.exists()
     try:
         holder = lock.take()
     except OSError as error:
@@ -65,28 +64,21 @@ def alone(folder, *, holds=True):
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(lock.path, ended), daemon=True)
     thread.start()
-    _held[lock] = made
+    _held.add(lock)
     try:
         yield
     finally:
         ended.set()
         thread.join()
-        _give_back(lock)
+        lock.release()
+        _held.discard(lock)
 
 
 def give_back_all():
     """What ``alone`` holds, for an end by ``os._exit``: nothing is unwound then."""
     for lock in list(_held):
         with contextlib.suppress(OSError):
-            _give_back(lock)
-
-
-def _give_back(lock):
-    made = _held.pop(lock, False)
-    lock.release()
-    if made:
-        with contextlib.suppress(OSError):  # something was done there
-            lock.path.parent.rmdir()
+            lock.release()
 
 
 def _beat(path, ended):
@@ -122,7 +114,7 @@ class Lock:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self._mine = None
+        self._mine, self._made_folder = None, False
 
     def take(self, over_hosts=False):
         """Take it, unless a process that lives has it.
@@ -133,6 +125,7 @@ class Lock:
         Returns:
             None: it is ours now; else who has it, in words.
         """
+        self._made_folder = not self.path.parent.exists()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened(create=True) as file:
             holder = _content(file)
@@ -161,11 +154,15 @@ class Lock:
             _write(file, self._mine)
 
     def release(self):
-        """Give it back; nothing happens where it is another's by now."""
+        """Give it back, and a folder that was made for it and is empty; nothing happens where it is
+        another's by now."""
         mine, self._mine = self._mine, None
         with contextlib.suppress(FileNotFoundError), self._opened() as file:
             if mine is not None and _content(file) == mine:
                 self.path.unlink()
+        if mine is not None and self._made_folder:
+            with contextlib.suppress(OSError):  # something was done there
+                self.path.parent.rmdir()
 
     @contextlib.contextmanager
     def _opened(self, create=False):

@@ -119,6 +119,9 @@ def test_two_do_not_work_in_one_folder(tmp_path):
             pass
         assert (folder / ".lock").is_file()
     assert not folder.exists()  # nothing was done in it
+    with locks.alone(folder):
+        locks.give_back_all()  # before os._exit
+        assert not folder.exists()
     folder.mkdir()
     with locks.alone(folder):
         pass

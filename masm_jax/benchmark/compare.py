@@ -19,6 +19,7 @@ import sys
 import time
 
 from masm_jax import runtime
+from masm_jax.arguments import some
 from masm_jax.benchmark import flops, pareto, peers, ranking
 from masm_jax.benchmark.store import Item, Store, item_of
 from masm_jax.files import replacing
@@ -109,18 +110,6 @@ def _checked(args):
 def cores():
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def some(flag, text, known):
-    """Words of a flag such as --mode=infer,train.
-
-    Raises:
-      ValueError: none, or one that is not ``known``.
-    """
-    words = [word for word in text.split(",") if word]
-    if not words or set(words) - set(known):
-        raise ValueError(f"--{flag}={text}: expected some of {','.join(known)}")
-    return words
 
 
 def measure_all(todo, args, store, stop, start=None):

@@ -17,8 +17,9 @@ import sys
 from typing import NamedTuple
 
 from masm_jax import config_file, runtime
+from masm_jax.arguments import some
 from masm_jax.benchmark import counting, growth_report, jax_side, peers
-from masm_jax.benchmark.compare import MODES, Worker, cores, measure_all, some
+from masm_jax.benchmark.compare import MODES, Worker, cores, measure_all
 from masm_jax.benchmark.store import Item, Store
 from masm_jax.data.conventions import MODALITIES
 from masm_jax.models.masm import divisor

@@ -178,7 +178,7 @@ def _total(product, count, shape, like):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _halved(x, kernel, depth, devices):
     with spatial.shared_by(devices):
-        parts, _, neighbours = _of_every_second(x, depth)
+        parts, neighbours = _of_every_second(x, depth)
     flat = kernel.reshape(-1, kernel.shape[-1])
     y = lax.map(lambda index: neighbours(index) @ flat, jnp.arange(parts))
     n, h, w, _ = x.shape
@@ -192,7 +192,7 @@ def _halved_forward(x, kernel, depth, devices):
 def _halved_backward(depth, devices, saved, dy):
     x, kernel = saved
     with spatial.shared_by(devices):
-        parts, _, neighbours = _of_every_second(x, depth)
+        parts, neighbours = _of_every_second(x, depth)
         dx = _to_every_second(dy, kernel, depth // 2)
 
     split = dy.reshape(parts, -1, dy.shape[-1])
@@ -210,7 +210,7 @@ _halved.defvjp(_halved_forward, _halved_backward)
 
 
 def _of_every_second(x, depth):
-    """Number of parts, rows of each, and index -> (rows, W / 2, 27 C), all that the kernel sees."""
+    """Number of parts, and index -> (rows, W / 2, 27 C), all that the kernel sees."""
     _, h, w, channels = x.shape
     row = w // 2 * 27 * channels * x.dtype.itemsize
     parts, rows, window = _windows(x, depth, 3, 2, row)
@@ -220,7 +220,7 @@ def _of_every_second(x, depth):
         taps = np.ndindex(3, 3, 3)
         return jnp.concatenate([x[d, i : i + 2 * rows : 2, j : j + w : 2] for d, i, j in taps], -1)
 
-    return parts, rows, neighbours
+    return parts, neighbours
 
 
 def _to_every_second(dy, kernel, depth):

@@ -34,7 +34,7 @@ import time
 import jax
 
 from masm_jax import commands, runtime
-from masm_jax.arguments import Parser
+from masm_jax.arguments import Parser, some
 from masm_jax.benchmark import accuracy_report
 from masm_jax.commands import REPOSITORY, Stopped
 from masm_jax.files import replacing, told
@@ -76,7 +76,7 @@ def main(argv=None):
 def _run(args):
     jax.config.update("jax_platforms", "cpu")  # devices are for the runs; here shapes are traced
     sweep = definition.load(args.config, args.workdir, args.set)
-    runs = _chosen(sweep, args.rows, args.seeds)
+    runs = _chosen(sweep, args)
     sweep.check_folders()
     if args.report:
         return _report(sweep)
@@ -182,26 +182,13 @@ def _commands(sweep, run):
     return train, evaluate
 
 
-def _chosen(sweep, rows, seeds):
-    """The runs of these rows and seeds."""
-    rows = _some(sweep, "row", rows, sweep.rows)
-    seeds = _some(sweep, "seed", seeds, sweep.seeds)
-    return [run for run in sweep.runs() if run.row in rows and str(run.seed) in seeds]
-
-
-def _some(sweep, what, given, known):
-    """Names out of ``--rows`` or ``--seeds``; all where the flag was not given."""
-    known = [str(name) for name in known]
-    if given is None:
-        return known
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(
-            f"--{what}s={given}: {', '.join(unknown) or 'none'} is no {what} of {sweep.name}; "
-            f"expected some of {', '.join(known)}"
-        )
-    return names
+def _chosen(sweep, args):
+    """The runs of ``--rows`` and ``--seeds``; all, where they are not given."""
+    rows = list(sweep.rows) if args.rows is None else some("rows", args.rows, sweep.rows)
+    seeds = sweep.seeds
+    if args.seeds is not None:
+        seeds = [int(seed) for seed in some("seeds", args.seeds, sweep.seeds)]
+    return [run for run in sweep.runs() if run.row in rows and run.seed in seeds]
 
 
 def _words(sweep, run):
