@@ -84,7 +84,11 @@ def test_exponents_and_tables_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--axis=width"], "--axis=width: width is not known; expected some of patch, batch,"),
+        (
+            ["--axis=width"],
+            "--axis=width: width is not known (did you mean depth?); expected some of patch, "
+            "batch, modalities, depth",
+        ),
         (["--rounds=0"], "--rounds=0"),
         (["--config=none.py"], "none.py"),
     ],
