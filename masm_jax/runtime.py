@@ -1,6 +1,7 @@
 """Process start: devices, logging, compilation cache, signals, exit codes."""
 
 import ctypes
+import faulthandler
 import gc
 import logging
 import os
@@ -41,6 +42,8 @@ def start(*, devices=0, cache=True):
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     _quiet_closed_loops()
     _keep_memory()
+    # kill -USR2 PID asks a run that seems to stand still where each of its threads is.
+    faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
     # Tracing makes millions of small objects that live on: looking through them again and again
     # took a tenth of a start.
     gc.freeze()

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -28,6 +30,20 @@ def test_the_first_signal_is_a_flag_and_the_second_acts(number, monkeypatch):
         assert len(acted) == 2  # handlers are as they were
     finally:
         signal.signal(number, before)
+
+
+def test_a_process_says_where_it_is_when_asked_and_goes_on():
+    program = "from masm_jax import runtime; runtime.start(); print('ready', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGUSR2)
+        assert "most recent call first" in process.stderr.readline()
+        assert 'File "<string>", line 1 in <module>' in process.stderr.readline()
+        assert process.communicate("\n", timeout=60)[1] == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,8 @@ class Predict:
 
     def __init__(self, root):
         self._raw, self._run = root / "raw", root / "train" / "straight"
+        if not (self._run / "checkpoints").is_dir():
+            raise Wrong(f"no run in {self._run}: expected --of=train,predict")
 
     def words(self, output):
         """The command that writes to ``output``."""
@@ -179,7 +181,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m tests.faults.kills")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="empty, or of this command")
     parser.add_argument(
-        "--of", default="train,prepare,predict", help="commands; predict needs train"
+        "--of", default="train,prepare,predict", help="commands; predict uses train's run"
     )
     parser.add_argument("--kills", type=int, default=30, help="of each command (30)")
     parser.add_argument("--seed", type=int, default=0)

@@ -4,12 +4,14 @@
 
 A training of tiny steps with validation on crops and on whole cases and with checkpoints, and a
 prediction of many cases (phantoms, each under many names). Both are looked at from outside, twice a
-second. Prints a table, draws DIR/soak.png. Exit codes: 0 flat, 1 something grows, 2 usage.
+second, and asked where their threads are when there is one more: DIR/train.log, DIR/predict.log.
+Prints a table, draws DIR/soak.png. Exit codes: 0 flat, 1 something grows, 2 usage.
 """
 
 import argparse
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -74,7 +76,7 @@ def watched(words, log):
     """Runs a command; (samples, 4): seconds, MB that it holds alone, threads, open files."""
     environment = os.environ | {"PYTHONPATH": str(kills.REPOSITORY)}
     with open(log, "w") as file:
-        began, samples = time.monotonic(), []
+        began, samples, most = time.monotonic(), [], 0
         process = subprocess.Popen([sys.executable, *words], cwd=kills.REPOSITORY, stdout=file,
                                    stderr=file, env=environment)  # fmt: skip
         while process.poll() is None:
@@ -85,7 +87,11 @@ def watched(words, log):
                 )
                 files = len(list((place / "fd").iterdir()))
                 held = int(status["RssAnon"].split()[0]) / 1e3
-                samples.append((time.monotonic() - began, held, int(status["Threads"]), files))
+                threads = int(status["Threads"])
+                samples.append((time.monotonic() - began, held, threads, files))
+                if threads > most and int(status["SigCgt"], 16) >> (signal.SIGUSR2 - 1) & 1:
+                    process.send_signal(signal.SIGUSR2)  # runtime.start has it listed
+                    most = threads
             except (OSError, KeyError):
                 pass  # it has just ended
             time.sleep(EVERY)
