@@ -99,18 +99,28 @@ def _as_product(x, kernel):
 
 
 def _in_parts(x, kernel, depth):
-    """The neighbours along depth and width, times the kernel for all of its rows; their sum."""
+    """The neighbours along depth, and along width where that is less to move, times the kernel for
+    all places of its plane that are left; their sum.
+    """
     n, h, w, channels = x.shape
     size, out = kernel.shape[0], kernel.shape[-1]
-    wide = kernel.transpose(0, 2, 3, 1, 4).reshape(-1, size * out)
-    row = w * size**2 * channels * x.dtype.itemsize
+    beside = 1 if out <= channels else size  # of width, before the product and not after it
+    after = size // beside
+    wide = kernel.transpose(0, 2, 3, 1, 4) if beside > 1 else kernel.transpose(0, 3, 1, 2, 4)
+    wide = wide.reshape(size * beside * channels, size * after * out)
+    row = w * size * x.dtype.itemsize * max(beside * channels, after * out)
     parts, rows, window = _windows(x, depth, size, 1, row)
+    # XLA puts many pieces side by side as they are, and few of them number by number, thrice as
+    # slow: three planes are given to it as nine pieces.
+    pieces = 1 if beside > 1 or channels % size else size
 
     def part(index):
         x = window(index)
-        seen = [x[i, :, j : j + w] for i, j in np.ndindex(size, size)]
-        y = jnp.concatenate(seen, -1) @ wide
-        return sum(y[t : t + rows, :, t * out : (t + 1) * out] for t in range(size))
+        x = x.reshape(*x.shape[:-1], pieces, channels // pieces)
+        width = x.shape[2] - beside + 1
+        seen = [x[i, :, j : j + width, c] for i, j, c in np.ndindex(size, beside, pieces)]
+        y = (jnp.concatenate(seen, -1) @ wide).reshape(-1, width, size, after, out)
+        return sum(y[t : t + rows, j : j + w, t, j] for t, j in np.ndindex(size, after))
 
     return lax.map(part, jnp.arange(parts)).reshape(n, h, w, out)
 
