@@ -4,8 +4,9 @@
 
 Each case is segmented once for every non-empty subset (15 of four modalities), as if the others had
 not been acquired. Several runs on the same cases, such as MASM and the concatenation U-Net, stand
-side by side. Writes OUT/subsets.md, .json, .png and .svg. A run that never lost a modality in
-training (data.modality_dropout = 0) is measured all the same, and marked.
+side by side, with the difference of the first from each, paired by case. A row of a sweep, DIR/ROW,
+counts with all of its seeds. Writes OUT/subsets.md, .json, .png and .svg. A run that never lost a
+modality in training (data.modality_dropout = 0) is measured all the same, and marked.
 
 Exit codes: 0 done, 1 an error, 2 usage.
 """
@@ -20,13 +21,14 @@ import time
 import matplotlib.figure
 import numpy as np
 
+from masm_jax import compare, runtime
 from masm_jax import config as config_lib
-from masm_jax import runtime
 from masm_jax.arguments import Parser
+from masm_jax.benchmark.accuracy_report import interval_words
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
-from masm_jax.files import replacing, told
+from masm_jax.files import as_path, replacing, told
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run
 
@@ -38,7 +40,10 @@ def main(argv=None):
     parser = Parser(
         prog="python -m masm_jax.subsets", description="Dice for every subset of the modalities."
     )
-    parser.add_argument("--workdir", action="append", required=True, help="a run; may be repeated")
+    parser.add_argument(
+        "--workdir", action="append", required=True, help="a run, or runs in folders seed-0, "
+        "seed-1, ... as a sweep leaves them; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--output", required=True, help="folder for table and picture")
     parser.add_argument("--records", help="records, where not those the run was trained on")
     parser.add_argument(
@@ -56,17 +61,20 @@ def main(argv=None):
 
 
 def _run(args):
-    runs = {}
-    for workdir in args.workdir:
+    groups, segmenters = {name: runs(name) for name in args.workdir}, {}
+    for workdir in itertools.chain(*groups.values()):
         segmenter, meta = load_run(workdir)
-        runs[workdir] = segmenter
+        segmenters[workdir] = segmenter
         records = records_lib.Records(args.records or config_lib.load(workdir).data.records)
         check_task(
             meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
             where=records.root,
         )  # fmt: skip
-    cases = _cases(args, records)
-    scores = {workdir: measure(segmenter, records, cases) for workdir, segmenter in runs.items()}
+    cases = _cases(args, next(iter(segmenters)), records)
+    scores = {}
+    for number, (workdir, segmenter) in enumerate(segmenters.items(), 1):
+        _log.info("run %d of %d: %s", number, len(segmenters), workdir)
+        scores[workdir] = measure(segmenter, records, cases)
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found = {
@@ -74,13 +82,18 @@ def _run(args):
         "modalities": list(records.modalities),
         "regions": list(records.regions),
         "runs": {
-            workdir: {
-                "trained_for_it": runs[workdir].settings.may_lack,
-                "dice": {"+".join(subset): rows.tolist() for subset, rows in own.items()},
+            name: {
+                "workdirs": [str(workdir) for workdir in group],
+                "trained_for_it": all(segmenters[run].settings.may_lack for run in group),
+                "dice": {
+                    "+".join(subset): [scores[workdir][subset].tolist() for workdir in group]
+                    for subset in subsets(records.modalities)
+                },
             }
-            for workdir, own in scores.items()
+            for name, group in groups.items()
         },
     }
+    found["differences"] = differences(found["runs"])
     with replacing(output / "subsets.json") as temporary:
         temporary.write_text(json.dumps(tables.finite(found), indent=2) + "\n")
     lines = table(found)
@@ -93,16 +106,25 @@ def _run(args):
     return 0
 
 
-def _cases(args, records):
+def runs(workdir):
+    """[the run itself], or the seeds of a row of a sweep; the former where neither is there."""
+    path = as_path(workdir)
+    seeds = [file.parent for file in path.glob("seed-*/config.json")]
+    if (path / "config.json").exists() or not seeds:
+        return [path]
+    return sorted(seeds, key=lambda seed: (len(seed.name), seed.name))
+
+
+def _cases(args, first, records):
     if args.split == "all":
         named = records.cases
     else:
-        split = records_lib.read_split(args.workdir[0])
+        split = records_lib.read_split(first)
         named = split.get(args.split, [])
     named = [case for case in named if case in records.cases]
     if not named:
         raise ValueError(
-            f"--split={args.split}: {args.workdir[0]} has no such cases in {records.root}; "
+            f"--split={args.split}: {first} has no such cases in {records.root}; "
             f"--split=all takes all of the records"
         )
     return named[: args.cases or None]
@@ -148,17 +170,41 @@ def measure(segmenter, records, cases):
     return {subset: np.array(rows) for subset, rows in found.items()}
 
 
+def differences(runs):
+    """How far the first is from each other one: {name: ``compare.crossed``}.
+
+    Of the mean over subsets and regions, paired by case, and by seed where both have several runs.
+
+    Args:
+      runs: {name: {"workdirs", "dice": {subset: (runs, cases, R)}}}, the first first.
+    """
+    means = {
+        name: {
+            pathlib.PurePath(workdir).name if len(run["workdirs"]) > 1 else "": values
+            for workdir, values in zip(
+                run["workdirs"], np.mean(list(run["dice"].values()), axis=(0, -1))
+            )
+        }
+        for name, run in runs.items()
+    }
+    first, found = next(iter(means.values())), {}
+    for name, other in list(means.items())[1:]:
+        if both := [seed for seed in first if seed in other]:
+            found[name] = compare.crossed([first[seed] - other[seed] for seed in both])
+    return found
+
+
 def table(found):
-    """Lines of a Markdown table: mean Dice of the cases, a row for every subset."""
+    """Lines of a Markdown table: mean Dice of cases and seeds, a row for every subset."""
     runs, regions, modalities = found["runs"], found["regions"], found["modalities"]
     lines = [f"{len(found['cases'])} cases, mean Dice; ● is there, ○ is missing.", ""]
-    names = [pathlib.Path(run).name for run in runs]
-    heads = [*modalities, *(f"{name} {r}" for name in names for r in (*regions, "mean"))]
+    names = _names(runs)
+    heads = [*modalities, *(f"{names[run]} {r}" for run in runs for r in (*regions, "mean"))]
     lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     rows = {}
     for run in runs.values():
         for subset, scores in run["dice"].items():
-            means = np.mean(scores, axis=0)
+            means = np.mean(scores, axis=(0, 1))
             rows.setdefault(subset, []).extend([*means, means.mean()])
     for subset, values in rows.items():
         there = ["●" if name in subset.split("+") else "○" for name in modalities]
@@ -166,29 +212,46 @@ def table(found):
     means = np.mean(list(rows.values()), axis=0)
     blank = ["mean", *[""] * (len(modalities) - 1)]
     lines.append("| " + " | ".join([*blank, *(f"{v:.3f}" for v in means)]) + " |")
-    never = [name for name, run in zip(names, runs.values()) if not run["trained_for_it"]]
+    lines.append("")
+    first = names[next(iter(runs))]
+    for run, row in found["differences"].items():
+        lines.append(
+            f"{first} minus {names[run]}, over all subsets: {interval_words(row)}, 95 % over cases"
+            + (f" and {row['seeds']} seeds." if row["seeds"] > 1 else ", one training each.")
+        )
+    never = [names[name] for name, run in runs.items() if not run["trained_for_it"]]
     if never:
-        lines += ["", f"Never lost a modality in training: {', '.join(never)}."]
-    return lines
+        lines.append(f"Never lost a modality in training: {', '.join(never)}.")
+    return lines if lines[-1] else lines[:-1]
+
+
+def _names(runs):
+    """{run: as short a name as tells it from the others}."""
+    parts = {run: pathlib.PurePath(run).parts for run in runs}
+    for count in range(1, max(map(len, parts.values()))):
+        names = {run: "/".join(own[-count:]) for run, own in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {run: run for run in runs}
 
 
 def _picture(found):
     """A heat map per run: subsets down, regions across."""
-    runs, modalities = found["runs"], found["modalities"]
+    runs, modalities, names = found["runs"], found["modalities"], _names(found["runs"])
     figure = matplotlib.figure.Figure(
         figsize=(2.2 + 2.2 * len(runs), 1.2 + 0.32 * (2 ** len(modalities) - 1)),
         layout="constrained",
     )
     panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
     for axes, (workdir, run) in zip(panels, runs.items()):
-        means = np.array([np.mean(scores, axis=0) for scores in run["dice"].values()])
+        means = np.array([np.mean(scores, axis=(0, 1)) for scores in run["dice"].values()])
         drawn = axes.imshow(means, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         for (row, column), value in np.ndenumerate(means):
             colour = "black" if value > 0.6 else "white"
             axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, size=8)
         axes.set_xticks(range(means.shape[1]), found["regions"])
         axes.set_yticks(range(len(means)), [name.replace("+", " ") for name in run["dice"]])
-        axes.set_title(pathlib.Path(workdir).name, size=10)
+        axes.set_title(names[workdir], size=10)
     figure.colorbar(drawn, ax=panels, label="mean Dice", shrink=0.6)
     return figure
 

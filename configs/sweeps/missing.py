@@ -2,7 +2,8 @@
 
     make sweep-records
     python -m masm_jax.sweep --config=configs/sweeps/missing.py --workdir=runs/missing
-    python -m masm_jax.subsets --workdir=runs/missing/masm-dropout/seed-0 ... --output=runs/subsets
+    python -m masm_jax.subsets --workdir=runs/missing/masm-dropout \
+        --workdir=runs/missing/unet-dropout --output=runs/subsets
 
 The sweep scores all modalities together; ``masm_jax.subsets`` scores each of the 15 subsets. Where
 one is missing, the U-Net is fed zeros. Coarse phantoms and 300 steps: for a sense of direction, not
