@@ -30,9 +30,14 @@ TRAIN = (
     "--config.infer.overlap=0.25",
     "--config.data.split=1/4",
 )
-QUANTITIES = ("memory, MB", "threads", "open files")
 EVERY = 0.5  # seconds
-SLACK = (0.05, 0.0, 0.0)  # share by which the end may be above the middle
+# What stands for a while, and the share by which the end may be above the middle. Checkpoints take
+# memory and give it back, and how much at once is chance; what is lost for ever lifts the median.
+QUANTITIES = {
+    "memory, MB": (np.median, 0.05),
+    "threads": (np.max, 0.0),
+    "open files": (np.max, 0.0),
+}
 
 
 def main(argv=None):
@@ -61,9 +66,8 @@ def main(argv=None):
     for name in args.of.split(","):
         title, words = commands[name]
         measured[title] = samples = watched(words, root / f"{name}.log")
-        for index, quantity in enumerate(QUANTITIES):
-            middle, end = ends(samples[:, 1 + index])
-            grows = end > middle * (1 + SLACK[index])
+        for quantity, values in zip(QUANTITIES, samples[:, 1:].T):
+            middle, end, grows = ends(quantity, values)
             flat &= not grows
             cells = (title, f"{samples[-1, 0] / 60:.0f}", quantity, f"{middle:.0f}", f"{end:.0f}")
             print("|", " | ".join([*cells, "**grows**" if grows else "flat"]), "|", flush=True)
@@ -100,10 +104,15 @@ def watched(words, log):
     return np.array(samples)
 
 
-def ends(values):
-    """Highest value around a third of the time (from 0.25 to 0.4), and in the last tenth."""
+def ends(quantity, values):
+    """(around a third of the time, in the last tenth, whether it grows): ``values`` over time."""
+    stands, slack = QUANTITIES[quantity]
     count = len(values)
-    return values[count // 4 : count * 4 // 10].max(), values[count * 9 // 10 : -4].max()
+    middle, end = (
+        stands(part)
+        for part in (values[count // 4 : count * 4 // 10], values[count * 9 // 10 : -4])
+    )
+    return middle, end, end > middle * (1 + slack)
 
 
 def draw(measured, path):
