@@ -144,6 +144,7 @@ def test_base_stays_within_its_budget(name):
         ("seed", 2**32, ("= 4294967296", "0 to ")),
         ("infer.batch", 0, ("= 0", "1 or more")),
         ("model.shift_depth", 0, ("= 0", "1 or more")),
+        ("model.detail", -1, ("= -1", "0 (none) or more")),
         ("optim.learning_rate", 0.0, ("= 0.0", "above 0")),
         ("optim.clip_norm", -1.0, ("= -1.0", "above 0")),
         ("log.patch_every", -1, ("= -1", "0 (never)")),

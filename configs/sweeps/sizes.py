@@ -10,5 +10,9 @@ from configs import sweeps
 
 
 def get_sweep():
-    """Full, the literal reading, first."""
-    return sweeps.on_phantoms({size: {"model.size": size} for size in ("full", "base", "tiny")})
+    """Full, the literal reading, first; "-detail": the scans once more before the first head."""
+    rows = {size: {"model.size": size} for size in ("full", "base", "tiny")}
+    for size in ("base", "tiny"):
+        rows[f"{size}-detail"] = {"model.size": size, "model.detail": 32}
+    rows["unet-tiny-detail"] = {"model.mixers": (), "model.detail": 32}
+    return sweeps.on_phantoms(rows)

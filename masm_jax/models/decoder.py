@@ -24,9 +24,14 @@ class Decoder(nnx.Module):
       stem: edge of the space-to-depth stem; the first head is sub-pixel by that factor.
       num_regions: R.
       heads: number of levels, from the first, with a head.
+      detail: channels of the convolution between the scans, as the stem has them, beside level 1
+        and the first head; 0: none.
+      channels: of the scans at the stem, all modalities together.
     """
 
-    def __init__(self, widths, strides, *, stem, num_regions, heads, init):
+    def __init__(
+        self, widths, strides, *, stem, num_regions, heads, init, detail=0, channels=0
+    ):  # fmt: skip
         ups, blocks = [], []
         for level in range(len(widths) - 1):
             width, below = widths[level], widths[level + 1]
@@ -35,11 +40,12 @@ class Decoder(nnx.Module):
             first = ConvNorm(2 * width, width, init=init)
             blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
+        self.detail = ConvNorm(widths[0] + channels, detail, init=init) if detail else None
         factors = [stem] + [1] * (heads - 1)
         self.heads = nnx.List(
             [
-                Dense(widths[i], f**3 * num_regions, init=init, copies=f**3)
-                for i, f in enumerate(factors)
+                Dense(width, f**3 * num_regions, init=init, copies=f**3)
+                for width, f in zip([detail or widths[0], *widths[1:]], factors)
             ]
         )
         for head in self.heads:
@@ -47,11 +53,12 @@ class Decoder(nnx.Module):
         self.strides = tuple(strides)
 
     @jax.named_scope("decoder")
-    def __call__(self, skips, deep=False, wrap=lambda block: block):
+    def __call__(self, skips, scans, deep=False, wrap=lambda block: block):
         """From the skips to logits.
 
         Args:
           skips: per level (planes (B D_j, H_j, W_j, C_j), D_j).
+          scans: planes (B D_1, H_1, W_1, ``channels``); looked at where there is ``detail``.
           deep: heads of the lower levels too.
           wrap: goes around every level: ``jax.checkpoint``, or nothing.
 
@@ -65,6 +72,9 @@ class Decoder(nnx.Module):
             skip, depth = skips[level]
             with jax.named_scope(f"level{level + 1}"):
                 x = wrap(functools.partial(self._level, level, depth))(x, skip)
+                if level == 0 and self.detail is not None:
+                    detail = functools.partial(self.detail, depth=depth)
+                    x = wrap(detail)(jnp.concatenate([x, scans], axis=-1))
                 if level < len(self.heads) and (deep or level == 0):
                     logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
         logits.reverse()

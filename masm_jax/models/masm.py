@@ -106,6 +106,8 @@ class MASM(nnx.Module):
             stem=size.stem,
             num_regions=num_regions,
             heads=size.deep_heads,
+            detail=model.detail,
+            channels=size.stem**3 * len(modalities),
             init=init,
         )
 
@@ -148,9 +150,10 @@ class MASM(nnx.Module):
         batch, modalities, depth = x.shape[:3]
         # Modality slowest: what belongs to one is then a block of planes.
         x = stem(planes(x.swapaxes(0, 1)[..., None])[..., 0], self.stem)
+        scans = together(x, modalities)
         if not self.mixer_names:
-            x = together(x, modalities)
-            return self.decoder(self.encoder(x, depth // self.stem, wrap), deep, wrap), {}
+            skips = self.encoder(scans, depth // self.stem, wrap)
+            return self.decoder(skips, scans, deep, wrap), {}
 
         skips, keep = [], {}
         features = self.encoder(x, depth // self.stem, wrap)
@@ -169,7 +172,7 @@ class MASM(nnx.Module):
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
                 x = together(x if present is None else _weighed(x, present), modalities)
                 skips.append((self.fuse[level](x), depth))
-        return self.decoder(skips, deep, wrap), keep
+        return self.decoder(skips, scans, deep, wrap), keep
 
 
 def together(x, modalities):

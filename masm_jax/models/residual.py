@@ -81,7 +81,7 @@ class ResidualDecoder(nnx.Module):
         self.out.bias[...] = np.full((num_regions,), PRIOR_LOGIT, np.float32)
 
     @jax.named_scope("decoder")
-    def __call__(self, skips, deep=False, wrap=lambda block: block):
+    def __call__(self, skips, scans, deep=False, wrap=lambda block: block):
         """As ``Decoder``, but for the heads: [(B, D, H, W, R) float32], whatever ``deep`` says."""
         x, _ = skips[-1]
         for level in reversed(range(len(self.ups))):

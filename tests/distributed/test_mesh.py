@@ -33,7 +33,7 @@ def smooth():
 
 
 def settings(make_config, **changes):
-    mixed = {"augment": "swin", "model.mixers": MIXED, "model.keep_bias": 0.0}
+    mixed = {"augment": "swin", "model.mixers": MIXED, "model.keep_bias": 0.0, "model.detail": 4}
     return make_config(**mixed | {"patch": (DEPTH, 16, 16)} | changes)
 
 

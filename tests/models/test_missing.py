@@ -18,7 +18,11 @@ VARIANTS = {
     "unet": {"mixers": ()},
     "mask": {"pruning": "mask"},
     "no pruning": {"pruning": "none"},
-    "extras": {"shift_extras": ("channel", "gate", "window"), "mosaic": "learnt"},
+    "extras": {
+        "shift_extras": ("channel", "gate", "window"),
+        "mosaic": "learnt",
+        "detail": 4,
+    },  # fmt: skip
     "all pairs": {"pairs": tuple(itertools.combinations(MODALITIES, 2))},
 }
 
