@@ -15,6 +15,7 @@ from masm_jax.models.shift import EXTRAS
 from masm_jax.models.sizes import BACKBONES
 
 _RESTORE = "restore it from a copy of the run"
+LATER = {"model.detail": 0}  # keys that older runs lack, with the value that does as they did
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result, or in its rounding alone.
@@ -320,7 +321,7 @@ def to_dict(config):
 
 def differences(old, new):
     """Lines "key: old -> new" for every key that differs and matters to the result."""
-    old, new = _flat(old), _flat(new)
+    old, new = LATER | _flat(old), LATER | _flat(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
@@ -376,7 +377,12 @@ def load(workdir, given=(), tuned=True):
 
 
 def _from_json(path):
+    """The config of a run, also of one that was begun before a key of LATER was there."""
     content = read_json(path, _RESTORE)
+    for key, value in LATER.items():
+        section, name = key.split(".")
+        if isinstance(content.get(section), dict):
+            content[section].setdefault(name, value)
     try:
         return ml_collections.ConfigDict(content)
     except ValueError as error:

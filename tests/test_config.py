@@ -313,6 +313,18 @@ def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, ke
         config_lib.load(tmp_path)
 
 
+def test_a_run_from_before_a_key_goes_on(tmp_path):
+    values = config_lib.to_dict(masm_brats.get_config())
+    del values["model"]["detail"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded = config_lib.load(tmp_path)
+    assert loaded.model.detail == 0
+    assert not config_lib.differences(values, config_lib.to_dict(loaded))
+    loaded.model.detail = 8
+    changed = config_lib.differences(values, config_lib.to_dict(loaded))
+    assert changed == ["model.detail: 0 -> 8"]
+
+
 def test_a_damaged_config_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match="config.json: "):
