@@ -144,6 +144,8 @@ def train(config, workdir, roll):
             batch = next(stream)
             metrics.waiting(time.perf_counter() - asked)
             state, values = step_fn(state, batch, key)
+            if step == start + 1:
+                runtime.collect_as_ever()  # while the device is at work on it
             metrics.train(step, values)
 
             if split["val"] and _due(step, config.log.patch_every, config.total_steps):
@@ -227,6 +229,7 @@ def _refuse_another(workdir, config, split, *, started):
 def main(_):
     """Flags in, exit code out; an error is one readable line."""
     runtime.start(devices=_CPU_DEVICES.value)
+    runtime.collect_rarely()
     try:
         place = processes.detect(flags.FLAGS)
     except ValueError as error:

@@ -18,6 +18,7 @@ from masm_jax.config_file import in_short
 from masm_jax.data.conventions import hint
 
 _SAME = 1.0  # seconds
+_THRESHOLD = gc.get_threshold()
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED, EXIT_PEER = 1, 2, 3, 75, 76
 
 
@@ -44,10 +45,6 @@ def start(*, devices=0, cache=True):
     _keep_memory()
     # kill -USR2 PID asks a run that seems to stand still where each of its threads is.
     faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
-    # Tracing makes millions of small objects that live on: looking through them again and again
-    # took a tenth of a start.
-    gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
     if devices:
         jax.config.update("jax_num_cpu_devices", devices)
     if cache and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -55,6 +52,24 @@ def start(*, devices=0, cache=True):
         jax.config.update("jax_compilation_cache_dir", str(folder))
     # Small programs too: a training step comes with eighty, a second of compilation in all.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def collect_rarely():
+    """Until ``collect_as_ever``, Python looks for garbage 70 times less often.
+
+    Tracing makes millions of small objects that live on: looking through them again and again took
+    a tenth of a start. For good it would be wrong: what a case or a step leaves in circles stayed,
+    and a prediction of 300 cases grew by a quarter (docs/reliability.md).
+    """
+    gc.freeze()
+    gc.set_threshold(50_000, 50, 100)
+
+
+def collect_as_ever():
+    """All is traced: what lives now is not looked at again, what is new as often as ever."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*_THRESHOLD)
 
 
 def _quiet_closed_loops():

@@ -1,5 +1,6 @@
 """Signals and flags of the commands."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -30,6 +31,14 @@ def test_the_first_signal_is_a_flag_and_the_second_acts(number, monkeypatch):
         assert len(acted) == 2  # handlers are as they were
     finally:
         signal.signal(number, before)
+
+
+def test_garbage_is_looked_for_rarely_for_a_while_alone():
+    before = gc.get_threshold()
+    runtime.collect_rarely()
+    assert gc.get_threshold()[0] > 10 * before[0]
+    runtime.collect_as_ever()
+    assert gc.get_threshold() == before
 
 
 def test_a_process_says_where_it_is_when_asked_and_goes_on():
