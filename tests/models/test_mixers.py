@@ -185,7 +185,7 @@ def test_the_decoder_starts_without_a_checkerboard():
     for n, c in ((4, 4), (2, 6), (1, 8)):  # n x 2n x 2n
         x = random.normal(size=(n, 2 * n, 2 * n, c))
         skips.append((jnp.asarray(x, jnp.float32), n))
-    packed = decoder(skips)[0]
+    packed = decoder(skips, None)[0]
     assert packed.shape == (1, 4, 8, 8, 2**3 * 3)
     logits = np.asarray(volumes(depth_to_space(planes(packed), 2), 8))
     cells = logits.reshape(4, 2, 8, 2, 8, 2, 3)
