@@ -177,6 +177,24 @@ def test_another_grid_is_refused():
         mix(aware(), jnp.zeros((1, 4, 16, 16, 16, 6)))
 
 
+@pytest.mark.parametrize("detail", [0, 5])
+def test_detail_alone_looks_at_the_scans(detail):
+    """A packed voxel of the scans changes the logits of the cells beside it."""
+    sizes = dict(stem=2, num_regions=3, heads=1, init=Initialiser(0))
+    decoder = Decoder((4, 6), (1, 2), detail=detail, channels=16, **sizes)
+    random = np.random.default_rng(0)
+    skips = [
+        (jnp.asarray(random.normal(size=(n, n, n, c)), jnp.float32), n) for n, c in ((8, 4), (4, 6))
+    ]
+    scans = jnp.asarray(random.normal(size=(8, 8, 8, 16)), jnp.float32)
+    one, other = (decoder(skips, x)[0][0] for x in (scans, scans.at[3, 3, 3, 7].add(1.0)))
+    assert one.shape == (8, 8, 8, 24)
+    # Instance norm moves all a little; what the kernel reaches moves far more.
+    moved = np.abs(np.asarray(one - other)).max(-1)
+    near = moved[2:5, 2:5, 2:5]
+    assert near.mean() > 5 * np.median(moved) > 0 if detail else not moved.any()
+
+
 def test_the_decoder_starts_without_a_checkerboard():
     """Equal inputs to every cell of the stem give logits that are constant over its 2^3 voxels."""
     decoder = Decoder((4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0))
