@@ -1,6 +1,7 @@
 """The decoder: up, beside the skip, two convolutions; a head per level for deep supervision."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -19,62 +20,53 @@ class Decoder(nnx.Module):
     2 and stride 2, whose 3-D form XLA runs 30 to 50 times slower.
 
     Args:
-      widths: channels per level, from level 1.
+      widths: channels per level, from the first.
       strides: of the levels; level j + 1 -> j goes up by strides[j].
-      stem: edge of the space-to-depth stem; the first head is sub-pixel by that factor.
+      skips: channels of the skip per level.
+      packing: the first head is sub-pixel by this factor.
       num_regions: R.
       heads: number of levels, from the first, with a head.
-      detail: channels of the convolution between the scans, as the stem has them, beside level 1
-        and the first head; 0: none.
-      channels: of the scans at the stem, all modalities together.
+      first: number of the first level, for those who look at the compiled program.
     """
 
-    def __init__(
-        self, widths, strides, *, stem, num_regions, heads, init, detail=0, channels=0
-    ):  # fmt: skip
+    def __init__(self, widths, strides, skips, *, packing, num_regions, heads, init, first=1):
         ups, blocks = [], []
-        for level in range(len(widths) - 1):
-            width, below = widths[level], widths[level + 1]
+        for level, (width, below) in enumerate(itertools.pairwise(widths)):
             children = strides[level + 1] ** 3
             ups.append(Dense(below, children * width, init=init, copies=children))
-            first = ConvNorm(2 * width, width, init=init)
-            blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
+            beside = ConvNorm(width + skips[level], width, init=init)
+            blocks.append(nnx.List([beside, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
-        self.detail = ConvNorm(widths[0] + channels, detail, init=init) if detail else None
-        factors = [stem] + [1] * (heads - 1)
+        factors = [packing] + [1] * (heads - 1)
         self.heads = nnx.List(
             [
                 Dense(width, f**3 * num_regions, init=init, copies=f**3)
-                for width, f in zip([detail or widths[0], *widths[1:]], factors)
+                for width, f in zip(widths, factors)
             ]
         )
         for head in self.heads:
             head.bias[...] = np.full_like(head.bias[...], PRIOR_LOGIT)
-        self.strides = tuple(strides)
+        self.strides, self.first = tuple(strides), first
 
     @jax.named_scope("decoder")
-    def __call__(self, skips, scans, deep=False, wrap=lambda block: block):
+    def __call__(self, skips, deep=False, wrap=lambda block: block):
         """From the skips to logits.
 
         Args:
           skips: per level (planes (B D_j, H_j, W_j, C_j), D_j).
-          scans: planes (B D_1, H_1, W_1, ``channels``); looked at where there is ``detail``.
           deep: heads of the lower levels too.
           wrap: goes around every level: ``jax.checkpoint``, or nothing.
 
         Returns:
-          float32 logits, one array per head: (B, D_1, H_1, W_1, stem^3 R), to be unpacked by
-          ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of levels 2, 3, ...
+          float32 logits, one array per head: (B, D, H, W, packing^3 R) of the first level, to be
+          unpacked by ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of the next.
         """
         x, _ = skips[-1]
         logits = []
         for level in reversed(range(len(self.ups))):
             skip, depth = skips[level]
-            with jax.named_scope(f"level{level + 1}"):
+            with jax.named_scope(f"level{self.first + level}"):
                 x = wrap(functools.partial(self._level, level, depth))(x, skip)
-                if level == 0 and self.detail is not None:
-                    detail = functools.partial(self.detail, depth=depth)
-                    x = wrap(detail)(jnp.concatenate([x, scans], axis=-1))
                 if level < len(self.heads) and (deep or level == 0):
                     logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
         logits.reverse()
