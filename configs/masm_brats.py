@@ -61,8 +61,8 @@ def get_config():
     model.aware_depth = 1  # attention blocks per Modality-Aware mixer
     model.shift_depth = 2  # blocks of the Modality-Shift mixer
     model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
-    # Channels of one more level of the decoder, at the resolution of the scans, which are its skip:
-    # what the half resolution of base and tiny loses (docs/results.md); 0: none
+    # Channels at the resolution of the scans that correct the logits of the first level: what its
+    # half resolution loses in base and tiny (models/detail.py, docs/results.md); 0: none
     model.detail = 0
     model.modality_affine = False  # norms learn a scale and shift per modality
     # What is computed again on the way back instead of kept: none; blocks: norms and activations;

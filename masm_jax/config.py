@@ -12,7 +12,7 @@ from masm_jax.models.aware import PRUNING
 from masm_jax.models.masm import MIXERS, REMAT, divisor, edges
 from masm_jax.models.mosaic import learnt_edge, offsets
 from masm_jax.models.shift import EXTRAS
-from masm_jax.models.sizes import BACKBONES, size_of
+from masm_jax.models.sizes import BACKBONES
 
 _RESTORE = "restore it from a copy of the run"
 LATER = {"model.detail": 0}  # keys that older runs lack, with the value that does as they did
@@ -91,7 +91,13 @@ def validate(config):
     check(log.overlays >= 0, "log.overlays", log.overlays, "0 or more")
     for key in ("aware_depth", "shift_depth"):
         check(model[key] >= 1, f"model.{key}", model[key], "1 or more")
-    check(model.detail >= 0, "model.detail", model.detail, "0 (none) or more")
+    published = model.backbone != "unet" and not tuple(model.mixers)
+    check(
+        model.detail == 0 or (model.detail > 0 and not published),
+        "model.detail",
+        model.detail,
+        f"0: {model.backbone} as published has none" if published else "0 (none) or more",
+    )
     for key in ("learning_rate", "clip_norm"):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
     check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")
@@ -180,12 +186,6 @@ def validate(config):
         "some of " + ", ".join(EXTRAS),
     )
     if not faults:
-        check(
-            not model.detail or size_of(model).stem > 1,
-            "model.detail",
-            model.detail,
-            "0: the first level has the resolution of the scans",
-        )
         multiple = divisor(model)
         nearest = [max(multiple, round(edge / multiple) * multiple) for edge in edges(patch)]
         check(

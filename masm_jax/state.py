@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from masm_jax.models.init import Initialiser
-from masm_jax.models.masm import MASM, edges, packing
+from masm_jax.models.masm import MASM, edges
+from masm_jax.models.sizes import size_of
 from masm_jax.optim import optimiser
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -49,9 +50,9 @@ class Network:
         return other
 
     @property
-    def packing(self):
-        """Edge of the cell of voxels that a vector of the first logits holds."""
-        return packing(self.config.model)
+    def stem(self):
+        """Edge of the space-to-depth stem: the first logits hold stem^3 voxels each."""
+        return size_of(self.config.model).stem
 
     def init(self, seed):
         """Fresh float32 parameters on the host, a nested dict; seed None: zeros, for shapes."""

@@ -30,7 +30,7 @@ def train_step(network):
     regions = list(network.regions.values())
 
     def local_terms(params, image, label, keys, present, heat, noise):
-        targets = losses.region_targets(label, regions, network.packing)
+        targets = losses.region_targets(label, regions, network.stem)
         how = {"key": keys, "temperature": heat, "noise": noise, "present": present}
         logits, keep = network.apply(params, image, deep=True, packed=True, **how)
         terms = losses.segmentation_terms(logits, targets, len(regions))
@@ -186,7 +186,7 @@ def eval_step(network):
     def local(params, image, label):
         logits, keep = network.apply(params, image, packed=True)
         predicted = (logits[0] > 0).astype(jnp.float32)
-        targets = losses.region_targets(label, regions, network.packing)
+        targets = losses.region_targets(label, regions, network.stem)
 
         def summed(x):
             return spatial.total(x.reshape(len(x), -1, len(regions)).sum(1))

@@ -78,7 +78,7 @@ def test_a_patch_of_three_edges_builds(size, mixers):
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     image = jax.ShapeDtypeStruct((2, len(MODALITIES), 64, 128, 96), jnp.float16)
     params = abstract_state(network)["params"]
-    for packed, factor in ((False, 1), (True, network.packing)):
+    for packed, factor in ((False, 1), (True, network.stem)):
         logits, keep = jax.eval_shape(
             lambda params, x, packed=packed: network.apply(params, x, deep=True, packed=packed),
             params,
@@ -86,7 +86,7 @@ def test_a_patch_of_three_edges_builds(size, mixers):
         )
         grid = [edge // factor for edge in network.patch]
         assert logits[0].shape == (2, *grid, factor**3 * len(REGIONS))
-        below = network.packing * SIZES[size].strides[1]
+        below = network.stem * SIZES[size].strides[1]
         assert logits[1].shape == (2, *(edge // below for edge in network.patch), len(REGIONS))
         assert len(keep) == mixers.count("aware")
 
@@ -325,9 +325,54 @@ def test_a_run_from_before_a_key_goes_on(tmp_path):
     assert changed == ["model.detail: 0 -> 8"]
 
 
-@pytest.mark.parametrize("first", [{"size": "full"}, {"backbone": "unetr"}])
-def test_no_detail_where_the_first_level_has_it(first):
+def test_a_network_as_published_has_no_detail():
     config = masm_brats.get_config()
-    config.model.update({"detail": 8, **first})
-    with pytest.raises(ValueError, match="model.detail = 8: expected 0: the first level has the"):
+    config.model.update({"backbone": "unetr", "mixers": (), "detail": 8})
+    with pytest.raises(ValueError, match="model.detail = 8: expected 0: unetr as published has"):
         config_lib.validate(config)
+
+
+def test_a_damaged_config_names_the_file(tmp_path):
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(ValueError, match="config.json: "):
+        config_lib.load(tmp_path)
+
+
+def test_differences_are_listed_with_both_values():
+    old, new = masm_brats.get_config(), masm_brats.get_config()
+    new.model.mixers = ()
+    new.optim.learning_rate = 0.5
+    lines = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(new))
+    assert len(lines) == 2
+    assert lines[0].startswith("model.mixers: ['aware'") and lines[0].endswith("-> []")
+    assert lines[1] == "optim.learning_rate: 0.001 -> 0.5"
+
+
+def test_what_is_free_to_change_is_not_listed():
+    old = config_lib.to_dict(masm_brats.get_config())
+    new = json.loads(json.dumps(old))
+    new["stop_at_step"] = 7
+    new["data"] |= {"records": "/elsewhere", "workers": 4}
+    new["mesh"] = {"data": 2, "spatial": 4}
+    for section in ("log", "infer"):
+        new[section] = dict.fromkeys(new[section], "other")
+    assert config_lib.differences(old, new) == []
+    for section, key in (("data", "spacing"), ("data", "split"), ("data", "foreground")):
+        other = json.loads(json.dumps(old))
+        other[section][key] = "other"
+        assert [f"{section}.{key}" in line for line in config_lib.differences(old, other)] == [True]
+
+
+def test_a_key_that_only_one_of_them_has_is_a_difference():
+    old = config_lib.to_dict(masm_brats.get_config())
+    new = json.loads(json.dumps(old))
+    del new["optim"]["mixer_rate"]
+    assert config_lib.differences(old, new) == ["optim.mixer_rate: 1.0 -> None"]
+
+
+@pytest.mark.parametrize("key, value", [("model.pruning", "none"), ("model.mixers", ())])
+def test_no_share_of_tokens_that_have_no_scores(key, value):
+    config = changed("infer.token_share", 0.5)
+    config_lib.validate(config)
+    with pytest.raises(ValueError, match="infer.token_share = 0.5: .* gives tokens no scores"):
+        config_lib.validate(changed(key, value, config))

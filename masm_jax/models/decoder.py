@@ -1,7 +1,6 @@
 """The decoder: up, beside the skip, two convolutions; a head per level for deep supervision."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -20,24 +19,27 @@ class Decoder(nnx.Module):
     2 and stride 2, whose 3-D form XLA runs 30 to 50 times slower.
 
     Args:
-      widths: channels per level, from the first.
+      widths: channels per level, from level 1.
       strides: of the levels; level j + 1 -> j goes up by strides[j].
-      skips: channels of the skip per level.
-      packing: the first head is sub-pixel by this factor.
+      stem: edge of the space-to-depth stem; the first head is sub-pixel by that factor.
       num_regions: R.
       heads: number of levels, from the first, with a head.
-      first: number of the first level, for those who look at the compiled program.
+      detail: corrects the first logits (models/detail.py); None: nothing does.
     """
 
-    def __init__(self, widths, strides, skips, *, packing, num_regions, heads, init, first=1):
+    def __init__(
+        self, widths, strides, *, stem, num_regions, heads, init, detail=None
+    ):  # fmt: skip
         ups, blocks = [], []
-        for level, (width, below) in enumerate(itertools.pairwise(widths)):
+        for level in range(len(widths) - 1):
+            width, below = widths[level], widths[level + 1]
             children = strides[level + 1] ** 3
             ups.append(Dense(below, children * width, init=init, copies=children))
-            beside = ConvNorm(width + skips[level], width, init=init)
-            blocks.append(nnx.List([beside, ConvNorm(width, width, init=init)]))
+            first = ConvNorm(2 * width, width, init=init)
+            blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
-        factors = [packing] + [1] * (heads - 1)
+        self.detail = detail
+        factors = [stem] + [1] * (heads - 1)
         self.heads = nnx.List(
             [
                 Dense(width, f**3 * num_regions, init=init, copies=f**3)
@@ -46,29 +48,33 @@ class Decoder(nnx.Module):
         )
         for head in self.heads:
             head.bias[...] = np.full_like(head.bias[...], PRIOR_LOGIT)
-        self.strides, self.first = tuple(strides), first
+        self.strides = tuple(strides)
 
     @jax.named_scope("decoder")
-    def __call__(self, skips, deep=False, wrap=lambda block: block):
+    def __call__(self, skips, scans, deep=False, wrap=lambda block: block):
         """From the skips to logits.
 
         Args:
           skips: per level (planes (B D_j, H_j, W_j, C_j), D_j).
+          scans: planes (B D, H, W, M); looked at where there is ``detail``.
           deep: heads of the lower levels too.
           wrap: goes around every level: ``jax.checkpoint``, or nothing.
 
         Returns:
-          float32 logits, one array per head: (B, D, H, W, packing^3 R) of the first level, to be
-          unpacked by ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of the next.
+          float32 logits, one array per head: (B, D_1, H_1, W_1, stem^3 R), to be unpacked by
+          ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of levels 2, 3, ...
         """
         x, _ = skips[-1]
         logits = []
         for level in reversed(range(len(self.ups))):
             skip, depth = skips[level]
-            with jax.named_scope(f"level{self.first + level}"):
+            with jax.named_scope(f"level{level + 1}"):
                 x = wrap(functools.partial(self._level, level, depth))(x, skip)
                 if level < len(self.heads) and (deep or level == 0):
-                    logits.append(volumes(self.heads[level](x).astype(jnp.float32), depth))
+                    y = self.heads[level](x)
+                    if level == 0 and self.detail is not None:
+                        y = y + wrap(functools.partial(self.detail, depth=depth))(x, scans)
+                    logits.append(volumes(y.astype(jnp.float32), depth))
         logits.reverse()
         return logits
 

@@ -22,6 +22,7 @@ from flax import nnx
 from masm_jax.models.aware import AwareMixer
 from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
+from masm_jax.models.detail import Detail
 from masm_jax.models.encoder import Encoder
 from masm_jax.models.layers import Dense, depth_to_space, planes, stem, volumes
 from masm_jax.models.residual import ResidualDecoder
@@ -48,7 +49,6 @@ class MASM(nnx.Module):
     def __init__(self, model, *, patch, modalities, num_regions, init):
         size = size_of(model)
         self.stem, self.mixer_names, self.remat = size.stem, tuple(model.mixers), model.remat
-        self.detail, self.packing = model.detail > 0, packing(model)
         # Modalities are seen one by one, or (no mixers) together as channels.
         folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
@@ -101,18 +101,17 @@ class MASM(nnx.Module):
             widths = self.encoder.widths
             self.decoder = ResidualDecoder(widths, num_regions=num_regions, init=init)
             return
-        widths, strides, skips, heads = size.widths, size.strides, size.widths, size.deep_heads
-        if self.detail:  # a level at the resolution of the scans, which are its skip
-            widths, strides = (model.detail, *widths), (1, size.stem, *strides[1:])
-            skips, heads = (len(modalities), *skips), heads + 1
+        detail = None
+        if model.detail:
+            shape = size.widths[0], model.detail, size.stem, len(modalities), num_regions
+            detail = Detail(*shape, init=init)
         self.decoder = Decoder(
-            widths,
-            strides,
-            skips,
-            packing=self.packing,
+            size.widths,
+            size.strides,
+            stem=size.stem,
             num_regions=num_regions,
-            heads=heads,
-            first=0 if self.detail else 1,
+            heads=size.deep_heads,
+            detail=detail,
             init=init,
         )
 
@@ -131,8 +130,7 @@ class MASM(nnx.Module):
           share: of the tokens that the Modality-Aware mixers work on, by score.
           present: (B, M) of 0 and 1, at least one 1: what a missing modality holds is not looked
             at, and no part of the result; None: none is missing.
-          packed: leave the first logits (B, D / p, H / p, W / p, p^3 R), p the ``packing``, as
-            computed.
+          packed: leave the first logits (B, D / s, H / s, W / s, s^3 R), s the stem, as computed.
 
         Returns:
           logits: list of float32 arrays; first (B, D, H, W, R), then, if ``deep``, the grids of
@@ -147,7 +145,7 @@ class MASM(nnx.Module):
             run = jax.checkpoint(run, policy=policy)
         logits, keep = run(x, key, temperature, noise, present)
         if not packed:
-            unpacked = depth_to_space(planes(logits[0]), self.packing)
+            unpacked = depth_to_space(planes(logits[0]), self.stem)
             logits[0] = volumes(unpacked, x.shape[2])
         return logits, keep
 
@@ -156,12 +154,14 @@ class MASM(nnx.Module):
         batch, modalities, depth = x.shape[:3]
         # Modality slowest: what belongs to one is then a block of planes.
         x = planes(x.swapaxes(0, 1)[..., None])
-        skips, keep = [(together(x, modalities), depth)] if self.detail else [], {}
+        weighs = present is not None and self.mixer_names  # the plain U-Net is fed zeros
+        scans = together(_weighed(x, present) if weighs else x, modalities)
         x = stem(x[..., 0], self.stem)
         if not self.mixer_names:
-            skips += self.encoder(together(x, modalities), depth // self.stem, wrap)
-            return self.decoder(skips, deep, wrap), keep
+            skips = self.encoder(together(x, modalities), depth // self.stem, wrap)
+            return self.decoder(skips, scans, deep, wrap), {}
 
+        skips, keep = [], {}
         features = self.encoder(x, depth // self.stem, wrap)
         for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
             with jax.named_scope("mixers"), jax.named_scope(_key(level)):
@@ -178,7 +178,7 @@ class MASM(nnx.Module):
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
                 x = together(x if present is None else _weighed(x, present), modalities)
                 skips.append((self.fuse[level](x), depth))
-        return self.decoder(skips, deep, wrap), keep
+        return self.decoder(skips, scans, deep, wrap), keep
 
 
 def together(x, modalities):
@@ -196,11 +196,6 @@ def _weighed(x, present):
 def edges(patch):
     """``config.patch``, one edge or three, as (D, H, W)."""
     return (patch,) * 3 if isinstance(patch, int) else tuple(patch)
-
-
-def packing(model):
-    """Edge of the cell of voxels that a vector of the first logits holds."""
-    return 1 if model.detail else size_of(model).stem
 
 
 def divisor(model):

@@ -80,12 +80,15 @@ def test_the_partner_of_a_missing_modality_keeps_all(make_config, quick_jit):
 
 def test_fusion_weighs_what_is_there(make_config, quick_jit):
     """Four times the same scan: with any of them missing the result is the same (no mixers)."""
-    config = make_config(**{"model.mixers": ("concat",) * 6})
+    config = make_config(**{"model.mixers": ("concat",) * 6, "model.detail": 6})
     network = Network(config, modalities=MODALITIES, regions={"WT": (1, 2, 3)})
-    params = network.init(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.01, network.init(0))  # the head of detail is 0
     for fuse in params["fuse"].values():  # every modality by the same weights
         width = fuse["kernel"].shape[1]
         fuse["kernel"] = np.tile(np.asarray(fuse["kernel"])[:width], (4, 1))
+    scans = params["decoder"]["detail"]["scans"]
+    scans["conv1"] = np.repeat(scans["conv1"][..., :1, :], 4, axis=-2)
+    scans["conv3"]["kernel"] = np.repeat(scans["conv3"]["kernel"][:1], 4, axis=0)
     apply = quick_jit(lambda x, present: network.apply(params, x, present=present)[0][0])
     one = jax.random.normal(jax.random.key(0), (1, 1, *(config.patch,) * 3))
     four = jnp.tile(one, (1, 4, 1, 1, 1))

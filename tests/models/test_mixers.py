@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from masm_jax.models.aware import AwareMixer, exchanged
 from masm_jax.models.decoder import Decoder
+from masm_jax.models.detail import Detail
 from masm_jax.models.init import Initialiser
 from masm_jax.models.layers import depth_to_space, planes, volumes
 from masm_jax.models.masm import MASM, together
@@ -177,34 +178,46 @@ def test_another_grid_is_refused():
         mix(aware(), jnp.zeros((1, 4, 16, 16, 16, 6)))
 
 
-def test_detail_looks_at_every_voxel(make_config):
-    """With nothing from below, one voxel of a scan changes the logits of its neighbours alone."""
-    model = make_config(**{"model.mixers": (), "model.detail": 5}).model
-    sizes = dict(modalities=("t1", "t2"), num_regions=3, init=Initialiser(0))
-    network = MASM(model, patch=(16, 16, 32), **sizes)
-    network.decoder.ups[0].kernel[...] *= 0
+def test_detail_starts_as_nothing(make_config):
+    sizes = dict(patch=(16, 16, 32), modalities=("t1", "t2"), num_regions=3)
+    plain, network = (
+        MASM(
+            make_config(**{"model.mixers": (), "model.detail": channels}).model,
+            init=Initialiser(0),
+            **sizes,
+        )
+        for channels in (0, 5)
+    )
+    for part in ("encoder", "decoder"):
+        nnx.update(getattr(network, part), nnx.state(getattr(plain, part)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 16, 16, 32)), jnp.float32)
-    one, other = (network(y)[0][0][0] for y in (x, x.at[0, 1, 4, 9, 20].add(1.0)))
-    assert one.shape == (16, 16, 32, 3)
-    # Instance norm moves all a little; what two kernels reach moves far more.
-    moved = np.abs(np.asarray(one - other)).max(-1)
-    near = np.zeros(moved.shape, bool)
-    near[2:7, 7:12, 18:23] = True
-    assert moved[near].mean() > 10 * moved[~near].mean() > 0
+    np.testing.assert_array_equal(network(x)[0][0], plain(x)[0][0])
+
+
+def test_detail_sees_every_voxel():
+    detail = Detail(4, 5, 2, 2, 3, init=Initialiser(0))
+    detail.head.kernel[...] = jax.random.normal(jax.random.key(0), detail.head.kernel.shape)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.normal(size=(8, 8, 16, 4)), jnp.float32)
+    scans = jnp.asarray(random.normal(size=(16, 16, 32, 2)), jnp.float32)
+    one, other = (detail(x, y, 8) for y in (scans, scans.at[4, 9, 20, 1].add(1.0)))
+    assert one.shape == (8, 8, 16, 2**3 * 3)
+    # Instance norm moves all a little; what four kernels reach moves far more.
+    moved = np.abs(np.asarray(depth_to_space(one - other, 2))).max(-1)
+    far = np.ones(moved.shape, bool)
+    far[0:9, 5:14, 16:25] = False
+    assert moved[3:6, 8:11, 19:22].mean() > 10 * np.median(moved[far]) > 0
 
 
 def test_the_decoder_starts_without_a_checkerboard():
     """Equal inputs to every cell of the stem give logits that are constant over its 2^3 voxels."""
-    widths = (4, 6, 8)
-    decoder = Decoder(
-        widths, (1, 2, 2), widths, packing=2, num_regions=3, heads=2, init=Initialiser(0)
-    )
+    decoder = Decoder((4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0))
     random = np.random.default_rng(0)
     skips = []
     for n, c in ((4, 4), (2, 6), (1, 8)):  # n x 2n x 2n
         x = random.normal(size=(n, 2 * n, 2 * n, c))
         skips.append((jnp.asarray(x, jnp.float32), n))
-    packed = decoder(skips)[0]
+    packed = decoder(skips, None)[0]
     assert packed.shape == (1, 4, 8, 8, 2**3 * 3)
     logits = np.asarray(volumes(depth_to_space(planes(packed), 2), 8))
     cells = logits.reshape(4, 2, 8, 2, 8, 2, 3)

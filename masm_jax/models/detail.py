@@ -1,0 +1,44 @@
+"""Detail: what the half resolution of the first level has lost, given back to the first logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from masm_jax.models.layers import Dense, depth_to_space, space_to_depth
+from masm_jax.models.residual import ResidualBlock
+
+
+class Detail(nnx.Module):
+    """A correction of the first logits.
+
+    Level 1 goes up to the resolution of the scans and meets them there, after a residual block of
+    each; it starts as nothing, so that the network starts as the one without it.
+
+    Args:
+      width: channels of level 1.
+      channels: at the resolution of the scans.
+      stem: how much coarser level 1 is.
+      modalities: M.
+      num_regions: R.
+    """
+
+    def __init__(self, width, channels, stem, modalities, num_regions, *, init):
+        self.up = Dense(width, stem**3 * channels, init=init, copies=stem**3)
+        self.scans = ResidualBlock(modalities, channels, init=init)
+        self.block = ResidualBlock(2 * channels, channels, init=init)
+        self.head = Dense(channels, num_regions, init=init)
+        self.head.kernel[...] = np.zeros_like(self.head.kernel[...])
+        self.stem = stem
+
+    @jax.named_scope("detail")
+    def __call__(self, x, scans, depth):
+        """Planes of level 1, ``depth`` deep, and of the scans (B D, H, W, M).
+
+        Returns:
+          (B D_1, H_1, W_1, stem^3 R), as the first head has them.
+        """
+        depth = depth * self.stem
+        x = depth_to_space(self.up(x), self.stem)
+        x = self.block(jnp.concatenate([x, self.scans(scans, depth)], axis=-1), depth)
+        return space_to_depth(self.head(x), self.stem)
