@@ -10,9 +10,9 @@ from configs import sweeps
 
 
 def get_sweep():
-    """Full, the literal reading, first; "-detail": a last level at the resolution of the scans."""
+    """Full, the literal reading, first; "-detail": with the corrections of models/detail.py."""
     rows = {size: {"model.size": size} for size in ("full", "base", "tiny")}
-    for size, channels in (("base", 12), ("tiny", 16)):
-        rows[f"{size}-detail"] = {"model.size": size, "model.detail": channels}
-    rows["unet-tiny-detail"] = {"model.mixers": (), "model.detail": 16}
+    for size in ("base", "tiny"):
+        rows[f"{size}-detail"] = {"model.size": size, "model.detail": 8}
+    rows["unet-tiny-detail"] = {"model.mixers": (), "model.detail": 8}
     return sweeps.on_phantoms(rows)
