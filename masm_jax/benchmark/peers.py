@@ -91,7 +91,7 @@ def _unet(size):
 NETWORKS = {
     "masm_tiny": Ours("MASM, size tiny", {"model.size": "tiny"}),
     "masm_base": Ours("MASM, size base", {}),
-    "masm_base_detail": Ours("MASM, size base, model.detail=12", {"model.detail": 12}),
+    "masm_base_detail": Ours("MASM, size base, model.detail=8", {"model.detail": 8}),
     "masm_full": Ours("MASM, size full", {"model.size": "full"}),
     "masm_unetr": Ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
     "masm_swin_unetr": Ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),
