@@ -176,8 +176,8 @@ def detail(
             findings.append(
                 Finding(
                     what, LOOK, f"{seen}: the rim is lost",
-                    "model.detail=8 where the size has a stem (model.size='full' has none), records "
-                    "of finer spacing, or look at what the skips of levels 1 and 2 bring (below)",
+                    "model.detail=8 where the size has a stem (model.size='full' has none), finer "
+                    "records, or look at what the skips of levels 1 and 2 bring (below)",
                 )
             )  # fmt: skip
         else:
