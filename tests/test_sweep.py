@@ -300,7 +300,7 @@ def test_help_is_helpful(capsys):
 
 SHIPPED = {
     "backbones": 6, "extras": 8, "masks": 13, "missing": 4, "missing_brats": 4, "mosaics": 11,
-    "pairs": 6, "sizes": 6,
+    "pairs": 6, "sizes": 6, "sizes_brats": 6,
 }  # fmt: skip
 
 
@@ -320,7 +320,7 @@ def test_the_shipped_sweeps_are_valid(name, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["train.py", f"--config={sweep.base}", *given])
         values(sys.argv)  # as train.py reads them
         assert config_lib.to_dict(holder.value) == config_lib.to_dict(sweep.config(run))
-        steps = 400 if name == "missing_brats" else 300
+        steps = 400 if name.endswith("_brats") else 300
         assert (holder.value.seed, holder.value.total_steps) == (2, steps)
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from masm_jax import sharding
 from masm_jax.models import conv as conv_lib
-from masm_jax.models import layers, spatial
+from masm_jax.models import layers, residual, spatial
 from masm_jax.models.attention import SelfAttention
 from masm_jax.models.init import Initialiser
 from tests.test_steps import MIXED, batch, by_path, prepare
@@ -27,7 +27,8 @@ def smooth():
     and divides by the spread of those eight, which multiplies rounding a thousandfold.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layers, "LEAKY_SLOPE", 0.9)
+        for module in (layers, residual):
+            patch.setattr(module, "LEAKY_SLOPE", 0.9)
         patch.setattr(layers.instance_norm, "__defaults__", (0.5,))  # eps
         yield
 
