@@ -13,12 +13,19 @@ COMMON = {
 }
 
 
+def on_scans(rows):
+    """The sweep of these rows on real scans at 2 mm, with three seeds: two cases are scored."""
+    common = {
+        "data.split": "holdout:BraTS2021_01482,BraTS-GLI-00000-000",
+        "log.volume_every": 0,  # whole cases are scored at the end
+    }
+    return _sweep("configs/masm_laptop.py", common, rows)
+
+
 def on_phantoms(rows, **common):
     """The sweep of these rows on the coarse phantoms, with three seeds: 40 train, 20 are scored."""
-    return {
-        "config": "configs/masm_demo.py",
-        "common": COMMON | common,
-        "rows": rows,
-        "seeds": (0, 1, 2),
-        "split": "val",
-    }
+    return _sweep("configs/masm_demo.py", COMMON | common, rows)
+
+
+def _sweep(config, common, rows):
+    return {"config": config, "common": common, "rows": rows, "seeds": (0, 1, 2), "split": "val"}

@@ -7,15 +7,10 @@ The rows of missing.py with configs/masm_laptop.py, ten minutes a run of MASM on
 are scored (``--set data.split=...`` names others): for a sense of direction.
 """
 
+from configs import sweeps
 from configs.sweeps import missing
 
 
 def get_sweep():
-    """MASM trained for it first."""
-    return missing.get_sweep() | {
-        "config": "configs/masm_laptop.py",
-        "common": {
-            "data.split": "holdout:BraTS2021_01482,BraTS-GLI-00000-000",
-            "log.volume_every": 0,  # whole cases are scored at the end
-        },
-    }
+    """The rows of missing.py: MASM trained for it first."""
+    return sweeps.on_scans(missing.get_sweep()["rows"])

@@ -6,9 +6,10 @@
 Two cases are scored: for a sense of direction.
 """
 
-from configs.sweeps import missing_brats, sizes
+from configs import sweeps
+from configs.sweeps import sizes
 
 
 def get_sweep():
     """The rows of sizes.py."""
-    return missing_brats.get_sweep() | {"rows": sizes.get_sweep()["rows"]}
+    return sweeps.on_scans(sizes.get_sweep()["rows"])

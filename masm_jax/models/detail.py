@@ -12,8 +12,8 @@ from masm_jax.models.residual import ResidualBlock
 class Detail(nnx.Module):
     """A correction of the first logits.
 
-    Level 1 goes up to the resolution of the scans and meets them there, after a residual block of
-    each; it starts as nothing, so that the network starts as the one without it.
+    Level 1 goes up to the resolution of the scans, meets them there after a residual block of
+    theirs, and a second block says what to add. The head starts at zero: at first nothing is added.
 
     Args:
       width: channels of level 1.
