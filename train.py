@@ -178,10 +178,11 @@ def train(config, workdir, roll):
     # ---------------------------------------------------------------- the end
     metrics.flush()
     metrics.close()
-    if first:
+    written = workdir / "metrics.jsonl"
+    if first and written.read_text():  # nothing is where a run is stopped before its first line
         from masm_jax.evaluation import pictures  # Matplotlib: not before the first step
 
-        pictures.curves(workdir / "curves.png", workdir / "metrics.jsonl")
+        pictures.curves(workdir / "curves.png", written)
     if stopped:
         log.info("saved step %d in %s; the same command goes on", step, checkpoints.folder)
         return runtime.EXIT_STOPPED

@@ -75,6 +75,14 @@ def stopped(train, tmp_path_factory):
     return workdir
 
 
+def test_stopped_before_its_first_line(train, tmp_path):
+    """A preemption as any other: saved, and code 75, for which scripts start it again."""
+    quiet = "--config.log.every=5", "--config.log.patch_every=0", "--config.log.volume_every=0"
+    said = train(tmp_path / "run", "--config.stop_at_step=1", *quiet, code=75)
+    assert "saved step 1" in said.stderr and saved(tmp_path / "run") == [1]
+    assert not logged(tmp_path / "run") and not (tmp_path / "run" / "curves.png").exists()
+
+
 def logged(workdir):
     """{step: numbers}, less the times, exactly as they stand in the file."""
     steps = {}
