@@ -144,6 +144,7 @@ def train(config, workdir, roll):
             batch = next(stream)
             metrics.waiting(time.perf_counter() - asked)
             state, values = step_fn(state, batch, key)
+            del batch  # its memory is free after the step, and for the validation below
             if step == start + 1:
                 runtime.collect_as_ever()  # while the device is at work on it
             metrics.train(step, values)

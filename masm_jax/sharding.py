@@ -6,6 +6,7 @@ is on every device: to cut it would save less than one activation takes (docs/sc
 
 import collections
 import concurrent.futures
+import itertools
 
 import jax
 import numpy as np
@@ -148,7 +149,8 @@ def transferred(stream, mesh, batch_size, *, ahead=1):
     """Batches of a stream on the mesh, the next ones on their way while one is worked on.
 
     A thread puts them together and sends them: both took a tenth of a fast device's step, in which
-    the loop could start nothing.
+    the loop could start nothing. What is handed out is held by nobody else: a caller that drops a
+    batch frees its memory there and then, and not while it asks for the next.
 
     Args:
       stream: iterator of host batches; ``global_batch`` says of what.
@@ -161,11 +163,10 @@ def transferred(stream, mesh, batch_size, *, ahead=1):
     stream = iter(stream)
 
     def one():
-        batch = next(stream, None)
-        return batch and global_batch(mesh, batch, batch_size)
+        return [global_batch(mesh, batch, batch_size) for batch in itertools.islice(stream, 1)]
 
     with concurrent.futures.ThreadPoolExecutor(1, "batches") as sender:
         coming = collections.deque(sender.submit(one) for _ in range(ahead))
-        while batch := coming.popleft().result():
+        while arrived := coming.popleft().result():
             coming.append(sender.submit(one))
-            yield batch
+            yield arrived.pop()

@@ -117,6 +117,7 @@ def waiting(*, records, patch, batch, foreground, rate, seconds):
         arrived = next(stream)
         waited += time.perf_counter() - asked
         jax.block_until_ready(arrived)  # the device would: its step needs the voxels
+        del arrived  # as there
         ends.append(max(time.perf_counter(), ends[-1]) + length)
         if len(ends) > _AHEAD:
             time.sleep(max(0.0, ends[-1 - _AHEAD] - time.perf_counter()))

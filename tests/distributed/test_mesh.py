@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -129,6 +130,16 @@ def test_transfers_run_ahead():
     assert second.wait(60) and read == [0, 1]
     rest = [np.asarray(one["label"]) for one in got]
     np.testing.assert_array_equal(rest, [batch(seed=number)["label"] for number in (1, 2, 3)])
+
+
+def test_a_batch_that_the_loop_drops_is_gone():
+    """While the next one is asked for, nobody frees 100 MB and more."""
+    got = sharding.transferred(iter([batch(), batch(seed=1)]), sharding.make_mesh(), 8)
+    handed = next(got)
+    image = weakref.ref(handed["image"])
+    assert image() is not None
+    del handed
+    assert image() is None
 
 
 @pytest.mark.parametrize("lowering", conv_lib.LOWERINGS)
