@@ -78,7 +78,8 @@ def average(ema, params, step, decay):
 
 
 def _is_kernel(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    names = ("kernel", "conv1", "conv2")  # the last two of models/residual.py
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
 
 
 def _in_mixers(params):

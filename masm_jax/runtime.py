@@ -88,8 +88,9 @@ def _quiet_closed_loops():
 def _keep_memory():
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
-    XLA's CPU client allocates a step's buffers anew at each call, and without this a good part of
-    the time goes into page faults (docs/results.md).
+    XLA's CPU client allocates a step's buffers anew at each call, and without this a fifth of the
+    time goes into page faults (docs/performance.md). One arena for all threads: that of a thread
+    has no room for more than 64 MB, and what is larger is mapped and unmapped whatever is set.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -97,9 +98,10 @@ def _keep_memory():
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another C library, such as musl
-    trim_threshold, mmap_max = -1, -4  # malloc.h
+    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
+    mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
 
 
 def parse_flags(argv):

@@ -8,6 +8,8 @@ import pytest
 
 from configs import masm_brats
 from masm_jax import optim
+from masm_jax.data.conventions import MODALITIES, REGIONS
+from masm_jax.state import Network, abstract_state
 
 
 def settings(**changes):
@@ -177,6 +179,16 @@ def test_decay_shrinks_kernels_alone(name):
             assert (jnp.abs(value) < jnp.abs(before[key])).all(), key
         else:
             np.testing.assert_array_equal(value, before[key], err_msg=key)
+
+
+@pytest.mark.parametrize("backbone", ["unet", "unetr", "swin_unetr"])
+def test_every_convolution_is_decayed(make_config, backbone):
+    """Whatever its module calls it, as torch's side of the comparison has it."""
+    config = make_config(**{"model.backbone": backbone, "model.detail": 4})
+    network = Network(config, modalities=MODALITIES, regions=REGIONS)
+    params = abstract_state(network)["params"]
+    decayed = optim._is_kernel(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda p, is_: is_ or p.ndim < 5, params, decayed)))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

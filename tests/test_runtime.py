@@ -2,6 +2,7 @@
 
 import gc
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -53,6 +54,32 @@ def test_a_process_says_where_it_is_when_asked_and_goes_on():
         assert 'File "<string>", line 1 in <module>' in process.stderr.readline()
         assert process.communicate("\n", timeout=60)[1] == ""
     assert process.returncode == 0
+
+
+_FAULTS = """
+import resource
+import jax
+from masm_jax import runtime
+
+runtime.start(cache=False)
+products = jax.jit(lambda x: jax.lax.map(lambda row: jax.numpy.outer(row, row), x).sum())
+rows = jax.numpy.ones((12, 1500))
+faults = [0]
+for _ in range(8):
+    products(rows).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(min(now - before for before, now in zip(faults, faults[1:])))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_a_step_takes_the_memory_of_the_step_before():
+    """108 MB of buffers: 26367 pages of 4 kB, each a fault where the kernel had them back."""
+    ran = subprocess.run(
+        [sys.executable, "-c", _FAULTS], text=True, capture_output=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) < 1000
 
 
 @pytest.mark.parametrize(

@@ -243,8 +243,9 @@ def environment(cache, args):
     platforms = "cpu" if args.device == "cpu" else "cuda,cpu"
     return {
         "OMP_NUM_THREADS": str(args.threads),
+        "MALLOC_ARENA_MAX": "1",
         "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+        "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
         "JAX_PLATFORMS": platforms,
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
