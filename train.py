@@ -87,7 +87,7 @@ def train(config, workdir, roll):
     target = checkpoint.with_sharding(abstract, everywhere)
     _refuse_another(workdir, config, split, started=checkpoints.latest() is not None)
     start, state, meta = checkpoints.restore_newest(target, roll, put_aside=True)
-    start, dice = start or 0, meta and meta["dice"]
+    start = start or 0
     if start:
         log.info("continuing at step %d", start)
     else:
@@ -140,6 +140,7 @@ def train(config, workdir, roll):
     log.info("compiling the training step; the first one takes longer")
     with checkpoints, runtime.StopSignal() as stop, jax.transfer_guard("disallow"):
         for step in range(start + 1, config.total_steps + 1):
+            dice = None  # of this step, if it is validated
             asked = time.perf_counter()
             batch = next(stream)
             metrics.waiting(time.perf_counter() - asked)

@@ -69,7 +69,7 @@ class Checkpoints:
         Args:
           step: steps done.
           state: the training state; safe to donate as soon as the call returns.
-          dice: mean validation Dice, or None before the first validation.
+          dice: mean validation Dice; None where this step was not validated.
           meta: JSON-able.
         """
         if not is_remote(self.folder) and not self.folder.is_dir():

@@ -147,21 +147,24 @@ def mean_ratios(ratios, free=None):
 
     Args:
       ratios: of ``keep_ratios``.
-      free: (B, M') of 0 and 1, the examples that count; None: all. Where none does the result is 1.
+      free: (B, M') of 0 and 1, the examples that count; None: all. Where none does it is NaN.
     """
     if free is None:
         return {level: ratio.mean(0) for level, ratio in ratios.items()}
-    weight, none = free / jnp.maximum(free.sum(0), 1), free.sum(0) == 0
-    return {level: (ratio * weight).sum(0) + none for level, ratio in ratios.items()}
+    counted = free.sum(0)
+    weight = free / jnp.maximum(counted, 1)
+    means = {level: (ratio * weight).sum(0) for level, ratio in ratios.items()}
+    return {level: jnp.where(counted > 0, mean, jnp.nan) for level, mean in means.items()}
 
 
 def ratio_loss(kept, target):
     """(mean keep - target)^2, averaged over levels and modalities (DynamicViT, section 3.3).
 
     Args:
-      kept: of ``mean_ratios``.
+      kept: of ``mean_ratios``; what is NaN there is on target.
       target: in (0, 1].
     """
     if not kept:
         return jnp.zeros((), jnp.float32)
-    return ((jnp.stack(list(kept.values())) - target) ** 2).mean()
+    kept = jnp.stack(list(kept.values()))
+    return (jnp.where(jnp.isnan(kept), 0, kept - target) ** 2).mean()

@@ -64,7 +64,7 @@ class MetricLog:
         self._ahead.append(metrics)
         if len(self._ahead) > _MOST_AHEAD:
             jax.block_until_ready(self._ahead.popleft())
-        if step % self._every == 0:
+        if step % self._every == 0 or step == self._total:
             self._roll()
 
     def flush(self):
@@ -148,7 +148,9 @@ class MetricLog:
     def _check(self, interval):
         for step, metrics in interval:
             bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-            if bad:
+            # A keep ratio is NaN where the step had no pair of which both modalities are there.
+            if bad := [key for key in bad if not key.startswith("train/keep/")]:
+                self.write(step, {key: float(value) for key, value in metrics.items()})
                 raise NonFinite(
                     f"step {step}: {', '.join(bad)} is not finite. Nothing was saved after the "
                     f"last checkpoint; lower optim.learning_rate or optim.clip_norm, lengthen "

@@ -78,7 +78,7 @@ def train_step(network):
         }
         if kept:
             metrics["train/temperature"] = heat
-            metrics |= {f"train/keep/{level}": ratio.mean() for level, ratio in kept.items()}
+            metrics |= {f"train/keep/{level}": jnp.nanmean(ratio) for level, ratio in kept.items()}
         state = {
             "step": number + 1,
             "params": params,
@@ -222,7 +222,8 @@ def segment_step(network):
 
 def _members(network):
     model = network.config.model
-    return [] if model.pruning == "none" else [name for pair in model.pairs for name in pair]
+    prunes = "aware" in model.mixers and model.pruning != "none"
+    return [name for pair in model.pairs for name in pair] if prunes else []
 
 
 def keep_names(network):

@@ -5,6 +5,7 @@
 #
 # Runs CORES trainings at a time, one core each (faster in sum than one training on all cores), and
 # evaluates each on the validation cases. A run that is finished is not run again; a stopped one goes on.
+# Ends with 1 if one of them failed; the others are done.
 set -euo pipefail
 
 OUTPUT=${1:?folder for the runs}
@@ -29,9 +30,10 @@ run() { # CORE VARIANT SEED FLAGS...
   shift 3
   mkdir -p "$workdir"
   taskset -c "$core" "$PYTHON" train.py --config="$CONFIG" --workdir="$workdir" \
-    --config.seed="$seed" --config.model.mixers="${MIXERS[$variant]}" "$@" >>"$workdir/log.txt" 2>&1
+    --config.seed="$seed" --config.model.mixers="${MIXERS[$variant]}" "$@" \
+    >>"$workdir/log.txt" 2>&1 || return # "set -e" sleeps where a caller asks how it went
   taskset -c "$core" "$PYTHON" eval.py --workdir="$workdir" --split=val --output="$workdir/eval" \
-    >>"$workdir/log.txt" 2>&1
+    >>"$workdir/log.txt" 2>&1 || return
   echo "$(date +%H:%M:%S) $variant seed $seed: $(grep ^average "$workdir/log.txt" | tail -n 1)"
 }
 
@@ -42,6 +44,7 @@ next=$(mktemp)
 echo 0 >"$next"
 for ((core = 0; core < CORES; core++)); do
   (
+    status=0
     while :; do
       exec 9<>"$next.lock"
       flock 9
@@ -50,10 +53,16 @@ for ((core = 0; core < CORES; core++)); do
       exec 9>&-
       ((i < ${#jobs[@]})) || break
       read -r variant seed <<<"${jobs[$i]}"
-      run "$core" "$variant" "$seed" "$@" || echo "$variant seed $seed failed: $OUTPUT/$variant-$seed/log.txt"
+      run "$core" "$variant" "$seed" "$@" || {
+        echo "$variant seed $seed failed: $OUTPUT/$variant-$seed/log.txt"
+        status=1
+      }
     done
+    exit "$status"
   ) &
   pids+=($!)
 done
-wait "${pids[@]}"
+status=0
+for pid in "${pids[@]}"; do wait "$pid" || status=1; done
 rm -f "$next" "$next.lock"
+exit "$status"

@@ -278,8 +278,16 @@ def test_ratio_loss_by_hand():
 
 def test_only_those_count_that_could_be_replaced():
     ratios = {"level1": jnp.array([[0.2, 0.4, 0.1], [0.6, 0.8, 0.3]])}
-    free = jnp.array([[1, 1, 0], [0, 1, 0]])  # of the third no example: as if all were kept
-    np.testing.assert_allclose(mean_ratios(ratios, free)["level1"], [0.2, 0.6, 1.0], rtol=1e-6)
+    free = jnp.array([[1, 1, 0], [0, 1, 0]])  # of the third no example: nothing to say
+    np.testing.assert_allclose(mean_ratios(ratios, free)["level1"], [0.2, 0.6, np.nan], rtol=1e-6)
+
+    def loss(ratio):
+        return ratio_loss(mean_ratios({"level1": ratio}, free), 0.7)
+
+    assert float(loss(ratios["level1"])) == pytest.approx((0.5**2 + 0.1**2) / 3)
+    gradient = jax.grad(loss)(ratios["level1"])
+    expected = [[2 * -0.5 / 3, -0.1 / 3, 0], [0, -0.1 / 3, 0]]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
 def test_ratio_loss_without_mixers_is_nothing():

@@ -87,11 +87,28 @@ def test_not_finite_is_named_with_step_and_metric(make_log, tmp_path, bad):
         log.train(step, values(step, **({"train/grad_norm": bad} if step == 6 else {})))
     with pytest.raises(NonFinite, match=r"step 6: train/grad_norm is not finite.*learning_rate"):
         log.flush()  # in the middle of an interval: before a checkpoint is written
-    assert steps(tmp_path) == [4]
+    assert steps(tmp_path) == [4, 6]  # for those who look at the file afterwards
+    assert lines(tmp_path)[-1]["train/grad_norm"] is None
     log.train(8, values(8))
     with pytest.raises(NonFinite, match="step 6"):
         log.train(12, values(12))
-    assert steps(tmp_path) == [4]
+    assert 8 not in steps(tmp_path)
+
+
+def test_the_last_steps_are_written_though_the_interval_is_not_full(make_log, tmp_path):
+    log = make_log(every=10, total_steps=13)
+    for step in range(1, 14):
+        log.train(step, values(step))
+    assert steps(tmp_path) == [10, 13]
+
+
+def test_a_step_without_a_whole_pair_has_no_keep_ratio(make_log, tmp_path, caplog):
+    log = make_log(total_steps=2)
+    for step in (1, 2):
+        log.train(step, values(step, **{"train/keep/level1": float("nan")}))
+    log.flush()
+    assert [line["train/keep/level1"] for line in lines(tmp_path)] == [None, None]
+    assert "has left" not in caplog.text
 
 
 def test_a_validation_score_that_is_not_finite_is_null(make_log, tmp_path):

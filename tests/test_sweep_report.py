@@ -81,6 +81,11 @@ def test_the_last_keep_ratios_are_read(tmp_path):
     assert cost.last(tmp_path / "metrics.jsonl", cost.DRAWN) == {}
 
 
+def test_keep_ratios_of_a_row_of_which_one_seed_logged_none():
+    seeds = [{"level1": 0.9}, {}, {"level1": 0.5, "level2": 1.0}]
+    assert report._by_level(seeds) == {"level1": pytest.approx(0.7), "level2": 1.0}
+
+
 # ---------------------------------------------------------------- pictures
 
 

@@ -143,6 +143,8 @@ def test_a_run_leaves_its_files(straight, records):
     _, meta = state_of(straight)
     assert meta["step"] == STEPS and meta["modalities"] == ["t1", "t1ce", "t2", "flair"]
     assert meta["dice"] == steps[STEPS]["val/dice"]
+    # That of step 3 is not of this one: as the best one so far it would take the other's place.
+    assert state_of(straight, 4)[1]["dice"] is None
     assert STEPS in saved(straight) and len(saved(straight)) <= 3  # the newest two, the best
 
 

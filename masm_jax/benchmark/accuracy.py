@@ -206,14 +206,16 @@ def _folds(args, output):
             "expected --test_records=DIR (all of --records train), or --split=RULE, and not both"
         )
     if args.test_records:
-        rule = output / "split.json"
-        with replacing(rule) as temporary:
-            temporary.write_text(json.dumps({"train": cases, "val": [], "test": []}) + "\n")
-        return [Fold("", str(rule))]
+        return [Fold("", str(output / "split.json"))]  # written by ``_study``
     rules = []
     for rule in args.split:
         if rule == "pairs":
             count = len(cases) // 2
+            if count < 2:
+                raise ValueError(
+                    f"--split=pairs: {args.records} has {len(cases)} cases, expected 4 or more: "
+                    f"two are held out at a time"
+                )
             rules += [f"{fold}/{count}" for fold in range(count)]
         else:
             rules.append(os.path.abspath(rule) if rule.endswith(".json") else rule)
@@ -248,4 +250,8 @@ def _study(args, output, folds):
         raise ValueError(f"--output={output} is another study: {'; '.join(changed)}; name another")
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n")
+    if args.test_records:
+        whole = {"train": records_lib.Records(args.records).cases, "val": [], "test": []}
+        with replacing(output / "split.json") as temporary:
+            temporary.write_text(json.dumps(whole) + "\n")
     return Study(output, **about)

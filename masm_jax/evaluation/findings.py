@@ -164,7 +164,14 @@ def detail(
             f"{value:.0%} {name} voxels from its surface" for name, value in zip(names, missed)
             if not math.isnan(value)
         )  # fmt: skip
-        if total and deep / total > 0.5:
+        if total > 0.95 * sum(table[name]["inside"] for name in names):
+            findings.append(
+                Finding(
+                    what, LOOK, f"{seen}: next to nothing of it is found",
+                    "this is no matter of fine detail: train longer, or look at the labels",
+                )
+            )  # fmt: skip
+        elif total and deep / total > 0.5:
             findings.append(
                 Finding(
                     what, LOOK, f"{seen}; {deep / total:.0%} of what is missed lies deeper than "
@@ -239,7 +246,10 @@ def training(lines: Sequence[Mapping[str, float]], clip: float) -> list[Finding]
             )
         )  # fmt: skip
         return findings
-    count = max(1, len(loss) // 5)
+    if len(loss) < 5:
+        seen = f"{len(loss)} lines have a loss, 5 are needed to see how it goes"
+        return [Finding(what, LOOK, seen, "train longer, or lower log.every")]
+    count = len(loss) // 5
     first, last = (np.mean([v for _, v in part]) for part in (loss[:count], loss[-count:]))
     seen = f"mean loss {first:.3f} in the first fifth of the lines, {last:.3f} in the last"
     good = last < 0.97 * first

@@ -236,8 +236,9 @@ def _failed_lines(failed):
 
 
 def _by_level(seeds):
-    """The mean over seeds of {level: share}."""
-    return {level: statistics.mean(one[level] for one in seeds) for level in seeds[0]}
+    """The mean of {level: share} over the seeds that have the level."""
+    levels = dict.fromkeys(level for one in seeds for level in one)
+    return {k: statistics.mean(one[k] for one in seeds if k in one) for k in levels}
 
 
 def _levels(shares):

@@ -98,8 +98,27 @@ def test_pairs_hold_out_every_case_once(records, tmp_path):
     assert [(fold.folder, fold.rule) for fold in folds] == [("fold-0", "0/2"), ("fold-1", "1/2")]
     args = types.SimpleNamespace(records=records, test_records=records, split=[])
     (fold,) = accuracy._folds(args, tmp_path)
-    assert json.loads((tmp_path / "split.json").read_text())["train"] == CASES
-    assert fold.folder == ""
+    assert fold.folder == "" and fold.rule == str(tmp_path / "split.json")
+
+
+def test_a_refused_study_leaves_what_the_other_trains_on(records, tmp_path):
+    words = dict(records=records, test_records=records, split=[], set=[], calibration_steps=24)
+    args = types.SimpleNamespace(**words, config="configs/masm_demo.py")
+    accuracy._study(args, tmp_path, accuracy._folds(args, tmp_path))
+    before = (tmp_path / "split.json").read_text()
+    assert json.loads(before)["train"] == CASES
+    (tmp_path / "split.json").write_text("{}")
+    args.calibration_steps = 30
+    with pytest.raises(ValueError, match="another study: calibration_steps: 24 -> 30"):
+        accuracy._study(args, tmp_path, accuracy._folds(args, tmp_path))
+    assert (tmp_path / "split.json").read_text() == "{}"
+
+
+def test_one_case_cannot_be_held_out_in_pairs(records, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy.records_lib, "Records", lambda _: types.SimpleNamespace(cases=[1]))
+    args = types.SimpleNamespace(records=records, test_records=None, split=["pairs"])
+    with pytest.raises(ValueError, match="has 1 cases, expected 4 or more"):
+        accuracy._folds(args, tmp_path)
 
 
 def test_the_time_left_goes_by_what_the_same_network_took():

@@ -73,6 +73,9 @@ def test_a_lost_rim_is_not_lost_parts():
     assert found[0].seen.endswith("the rim is lost")
     assert "of 2 parts below 1 ml 0 are touched, of 1 larger ones 1" in found[1].seen
     assert "100% of what is missed lies deeper" in found[2].seen
+    (none,) = findings.detail({"ET": dict.fromkeys(rim, row | {"missed": 100})}, {})
+    assert none.level == LOOK and none.seen.endswith("next to nothing of it is found")
+    assert "model.detail" not in none.advice
 
 
 def test_skips_that_harm_help_or_do_nothing():
@@ -91,8 +94,9 @@ def line(step, loss, **more):
         ([line(i, 1.0) for i in range(1, 11)], [WRONG]),
         ([line(1, 1.0), line(2, math.nan)], [WRONG]),
         ([line(i, 1 / i, **{"train/grad_norm": 13.0}) for i in range(1, 11)], [FINE, LOOK]),
-        ([line(i, 1 / i, **{"val/dice": d}) for i, d in ((1, 0.2), (2, 0.8), (3, 0.6))],
+        ([line(i, 1 / i, **{"val/dice": d}) for i, d in enumerate((0.2, 0.8, 0.6, 0.6, 0.6), 1)],
          [FINE, LOOK]),
+        ([line(1, 1.0)], [LOOK]),
         ([], [LOOK]),
     ],
 )  # fmt: skip
