@@ -187,6 +187,19 @@ def _wait_for(text, path):
         time.sleep(0.05)
 
 
+def test_a_training_that_failed_is_not_scored(run, fake, calls, tmp_path):
+    """An older checkpoint would be, under its name."""
+    fake("python", PYTHON)
+    fake("taskset", 'shift 2\n"$@"\n')
+    words = "compare_mixers.sh", str(tmp_path / "runs"), "configs/masm_laptop.py"
+    one = {"SEEDS": "0", "CORES": "1"}
+    said = run(*words, **one, VARIANTS="masm late", CODES="1 0 0", code=1).stdout
+    assert f"masm seed 0 failed: {tmp_path}/runs/masm-0/log.txt" in said and "late seed 0: " in said
+    assert [call[0] for call in calls()] == ["train.py", "train.py", "eval.py"]
+    assert "late seed 0 failed" in run(*words, **one, VARIANTS="late", CODES="0 3", code=1).stdout
+    assert "failed" not in run(*words, **one, VARIANTS="late", CODES="0 0").stdout
+
+
 def test_usage(run):
     assert "usage" in run("keep_running.sh", code=2).stderr
 
