@@ -168,7 +168,8 @@ def evaluate(workdir, output, roll):
         print(f"compared in: {', '.join(summary['grid'])}")
         print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
     for case, reason in failed.items():
-        print(f"failed: {case}: {printable(str(reason))}", file=sys.stderr)
+        named = str(reason) if str(reason).startswith(case) else f"{case}: {reason}"
+        print(f"failed: {printable(named)}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from masm_jax.data import conventions, nifti
+from masm_jax.data import conventions
+from masm_jax.data.cases import Case
+from masm_jax.data.integrity import read_segmentation
 from masm_jax.data.records import Records
 from masm_jax.evaluation import metrics, pictures, views
 from masm_jax.evaluation.clock import Clock
@@ -130,16 +132,17 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
             found = metrics.evaluate(drawn, label, meta["record_spacing"], **asked)
         return found, "the records"
     file, values = segmented.reference
+    affine = np.asarray(meta["affine"])
+    task = conventions.Convention(
+        name=meta["convention"], modalities=records.modalities, files={}, segmentation=(),
+        labels=values, regions=segmented.regions, paint=meta["paint"],
+    )  # fmt: skip
     with clock.stage("reading"):
-        labels, affine, _ = nifti.read(file, voxels=segmented.in_scan.size)
-    expected = segmented.in_scan.shape
-    if labels.shape != expected or not np.allclose(affine, meta["affine"], atol=0.1):
-        raise ValueError(
-            f"{file}: grid {labels.shape} differs from the scan's {expected}, or its affine does; "
-            f"expected the segmentation of the same scan"
-        )
+        case = Case(segmented.case, (), pathlib.Path(file), task)
+        labels = read_segmentation(case, segmented.in_scan.shape, affine)
+    assert labels is not None  # the case has a segmentation
     label = conventions.to_internal(labels, values)
-    spacing = np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(0))
+    spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     with clock.stage("metrics"):
         found = metrics.evaluate(segmented.in_scan, label, spacing, **asked)
     return found, "the scans"
