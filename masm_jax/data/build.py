@@ -1,7 +1,9 @@
 """Prepares many cases in parallel: resumable, atomic per case, duplicates found at the end."""
 
+import collections
 import contextlib
 import dataclasses
+import os
 import shutil
 import traceback
 from collections.abc import Callable
@@ -128,10 +130,13 @@ def _check_one_task(cases: list[Case]) -> None:
 def _source(case: Case, spacing: float | None) -> dict[str, Any]:
     """What a record depends on: the settings, and the names, sizes and times of the files."""
     files = {}
-    for path in dict.fromkeys((*case.images, case.segmentation)):
-        if path is not None:
-            state = path.stat()
-            files[path.name] = [state.st_size, state.st_mtime_ns]
+    paths = [path for path in dict.fromkeys((*case.images, case.segmentation)) if path is not None]
+    count = collections.Counter(path.name for path in paths)
+    for path in paths:
+        state, name = path.stat(), path.name
+        if count[name] > 1:  # imagesTr/C1.nii.gz and labelsTr/C1.nii.gz
+            name = path.relative_to(os.path.commonpath(paths)).as_posix()
+        files[name] = [state.st_size, state.st_mtime_ns]
     convention = case.convention
     settings: dict[str, Any] = {
         "version": VERSION,

@@ -92,6 +92,25 @@ def test_finished_records_are_kept_and_changed_sources_prepared_again(make_case,
     assert code == 3 and not (tmp_path / "records" / "A").exists()
 
 
+def test_a_changed_file_is_seen_where_files_of_a_case_share_a_name(make_case, run, tmp_path):
+    """As in the Decathlon; what was said of the last of them stood for all."""
+    for path in list(make_case("A", ("_0", "_1", "_2", "_3", "_gt"), (1,)).iterdir()):
+        folder = tmp_path / "set" / path.name.split("_")[1].removesuffix(".nii.gz") / "nii"
+        folder.mkdir(parents=True)
+        path.rename(folder / "A.nii.gz")
+    content = {"files": {"dwi": "0/nii/{case}", "adc": "1/nii/{case}"}, "regions": {"lesion": [1]}}
+    description = tmp_path / "set.json"
+    description.write_text(json.dumps(content | {"segmentation": "gt/nii/{case}"}))
+    for kept in ("", ", 1 of them kept from before"):
+        code, out, _ = run(f"--description={description}", source="set")
+        assert code == 0 and f"records{kept};" in out
+    before = np.load(tmp_path / "records" / "A" / "image.npy")
+    shutil.copy(tmp_path / "set/2/nii/A.nii.gz", tmp_path / "set/0/nii/A.nii.gz")
+    code, out, _ = run(f"--description={description}", source="set")
+    assert code == 0 and "kept" not in out
+    assert (np.load(tmp_path / "records" / "A" / "image.npy") != before).any()
+
+
 def inode(tmp_path, case):
     state = os.stat(tmp_path / "records" / case / "image.npy")
     return state.st_ino, state.st_mtime_ns
