@@ -170,12 +170,12 @@ def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str
         if meta is None:  # damaged: made again
             continue
         old, new = meta["source"]["settings"], wanted[case]["settings"]
-        for key in new:
-            if old.get(key) != new[key]:
+        for key in new | old:  # a window may be gone
+            if old.get(key) != new.get(key):
                 raise ValueError(
                     f"{root}: the record of {case} was made with {key} {old.get(key)}, now it is "
-                    f"{new[key]}; expected one setting for all; give another --output, or start "
-                    "afresh with --overwrite (removes every record there)"
+                    f"{new.get(key)}; expected one setting for all; give another --output, or "
+                    "start afresh with --overwrite (removes every record there)"
                 )
         if meta["source"]["files"] == wanted[case]["files"]:
             kept[case] = meta

@@ -241,6 +241,22 @@ def test_a_described_set(make_case, run, tmp_path):
     assert records.Records(tmp_path / "records").regions == {"lesion": (1,)}
 
 
+def test_a_window_that_comes_or_goes_is_another_setting(make_case, run, tmp_path):
+    make_case("A", ("_ct", "_1", "_2", "_3", "_gt"), (1,))
+    plain = {"files": {"ct": "_ct"}, "segmentation": "_gt", "regions": {"lesion": [1]}}
+    window = plain | {"window": {"ct": [0, 500]}}
+    description = tmp_path / "ct.json"
+    for first, second, words in (
+        (plain, window, "window None, now it is {'ct': [0.0, 500.0]}"),
+        (window, plain, "window {'ct': [0.0, 500.0]}, now it is None"),
+    ):
+        description.write_text(json.dumps(first))
+        assert run(f"--description={description}", "--overwrite")[0] == 0
+        description.write_text(json.dumps(second))
+        code, _, err = run(f"--description={description}")
+        assert code == 1 and words in err and "--overwrite" in err
+
+
 def test_real_scans_of_three_conventions(real_data, tmp_path, capsys):
     for name in ("BraTS2021_01485", "BraTS20_Training_001", "BraTS-GLI-00000-000"):
         (tmp_path / "raw").mkdir(exist_ok=True)
