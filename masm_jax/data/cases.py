@@ -301,7 +301,7 @@ def _incomplete(
 
 def _year(convention: Convention, case: str, folder: str) -> Convention:
     """The sets of 2018-2020 differ from 2021 only in case names and HGG/LGG folders."""
-    if convention.name != "brats2021":
+    if convention is not conventions.BUILT_IN["brats2021"]:  # a description may have its name
         return convention
     old = re.match(r"brats(1[789]|20)_", case, re.IGNORECASE)
     graded = {"HGG", "LGG"} & set(Path(folder).parts)

@@ -226,6 +226,18 @@ def test_a_described_set_with_folders_in_its_patterns(make_case, tmp_path):
     assert case.segmentation == tmp_path / "set" / "labels" / "A.nii.gz"
 
 
+def test_a_description_keeps_its_meaning_whatever_its_name(make_case, tmp_path):
+    """The name of a built-in convention, and the folders of 2018 to 2020."""
+    root = make_case("A", values=(1,), folder="raw/HGG")
+    content = {"files": {"t2": "_t2", "t1": "_t1"}, "segmentation": "_seg", "regions": {"all": [1]}}
+    description = tmp_path / "brats2021.json"
+    description.write_text(json.dumps(content))
+    (case,), problems = cases.find_cases(root, description=description)
+    assert not problems and case.convention.name == "brats2021"
+    assert case.convention.modalities == ("t2", "t1") and case.convention.regions == {"all": (1,)}
+    assert [path.name for path in case.images] == ["A_t2.nii.gz", "A_t1.nii.gz"]
+
+
 def test_nothing_to_find(tmp_path, make_case):
     with pytest.raises(ValueError, match="does not exist"):
         cases.find_cases(tmp_path / "absent")
