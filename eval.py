@@ -1,13 +1,17 @@
 """Evaluate a run on whole cases, as the BraTS challenge does; report.html shows it all.
 
     python eval.py --workdir=runs/masm --split=val --output=runs/masm/eval [--reference=DIR]
+        [--labels=NAME | --description=FILE]
 
 Every case of the split is segmented, written as NIfTI in the grid and the labels of its scan, and
 compared there with the reference: the segmentation in --reference, else the one it was prepared
 from, else (files gone) the prepared label, in the grid of the records. The output says which.
+--reference needs no images, only segmentations named as in the set. They must have the label values
+of the records, unless --labels or --description, as prepare takes them, says what theirs mean.
 Exit codes: 0 done, 1 an error, 2 usage, 3 done but some cases failed (listed).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -24,7 +28,7 @@ from absl import app, flags
 from masm_jax import config as config_lib
 from masm_jax import processes, runtime
 from masm_jax.data import cases as cases_lib
-from masm_jax.data import nifti
+from masm_jax.data import conventions, nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
@@ -42,7 +46,11 @@ _CASES = flags.DEFINE_integer(
     "cases", 0, "How many cases of the split, from its first on; 0: all.", lower_bound=0
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for report.html, tables, predictions/ ...")
-_REFERENCE = flags.DEFINE_string("reference", None, "Folder of NIfTI cases to compare with.")
+_REFERENCE = flags.DEFINE_string("reference", None, "Folder of segmentations to compare with.")
+_LABELS = flags.DEFINE_string("labels", None, "Scheme of the values in --reference.")
+_DESCRIPTION = flags.DEFINE_string(
+    "description", None, "Description file of the set in --reference, where it has other names."
+)
 _RECORDS = flags.DEFINE_string("records", None, "Records, where not those the run was trained on.")
 _CHECKPOINT = flags.DEFINE_enum("checkpoint", "latest", ["latest", "best"], "Which weights.")
 _REPORT_MB = flags.DEFINE_integer(
@@ -92,8 +100,9 @@ def evaluate(workdir, output, roll):
     )  # fmt: skip
     cases = _cases(workdir, records, config)[: _CASES.value or None]
     trained = _trained_on(workdir, config, records, cases)
-    references = _references(_REFERENCE.value, cases)
-    views = _view_spacing(records, cases)
+    metas = _metas(records, cases)
+    references = _references(_REFERENCE.value, records, metas, cases, meta)
+    views = _view_spacing(records, metas.values())
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     if first:
         gallery.clear(output)
@@ -223,31 +232,68 @@ def _trained_on(workdir, config, records, cases):
     return seen
 
 
-def _references(folder, cases):
-    """Case -> (segmentation file, convention) from a folder of NIfTI cases; empty without one."""
-    if folder is None:
-        return {}
-    found, _ = cases_lib.find_cases(folder)
-    references = {case.id: case for case in found if case.segmentation is not None}
-    missing = [case for case in cases if case not in references]
-    if missing:
-        raise ValueError(
-            f"--reference={folder}: no segmentation for {', '.join(missing[:5])}"
-            f"{' and more' if len(missing) > 5 else ''}; expected one for every case of the split"
-        )
-    return {
-        case: (references[case].segmentation, references[case].convention.labels) for case in cases
-    }
-
-
-def _view_spacing(records, cases):
-    """mm at which the scans of all cases fit into the report."""
-    metas = []
+def _metas(records, cases):
+    """Case -> meta of the records that can be read; the others are told of in their turn."""
+    metas = {}
     for case in cases:
-        try:
-            metas.append(records.meta(case))
-        except (ValueError, OSError):
-            continue  # said when its turn comes
+        with contextlib.suppress(ValueError, OSError):
+            metas[case] = records.meta(case)
+    return metas
+
+
+def _references(folder, records, metas, cases, run):
+    """Case -> case of its segmentation below a folder; empty without one."""
+    labels, description = _LABELS.value, _DESCRIPTION.value
+    if folder is None:
+        if labels or description:
+            raise ValueError("--labels and --description go with --reference; leave them out")
+        return {}
+    found, problems = cases_lib.find_cases(
+        folder, labels=labels, description=description, images=False
+    )
+    references = {case.id: case for case in found}
+    missing = [case for case in cases if case not in references]
+    wrong = [str(problem) for problem in problems if problem.case in cases][:5]
+    if missing:
+        wrong.append(
+            f"no segmentation for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}"
+            "; expected one for every case of the split, CASE_seg.nii.gz, CASE-seg.nii.gz or named "
+            "as a --description says"
+        )
+    if wrong:
+        raise ValueError(f"--reference={folder}: {'; '.join(wrong)}")
+    for case in cases:
+        task = references[case].convention
+        where = f"--reference={folder}: {case}"
+        check_task(
+            run, modalities=run["modalities"], regions=task.regions, spacing=run["spacing"],
+            where=where,
+        )  # fmt: skip
+        if labels or description or case not in metas:
+            continue
+        own = _prepared_from(case, records, metas[case]).convention
+        if not task.labels.items() <= own.labels.items():
+            raise ValueError(
+                f"{where}: label values {task.meaning()} ({task.name}); its record was made with "
+                f"{own.meaning()} ({own.name}); expected the same; say what they mean here with "
+                "--labels or --description"
+            )
+    return {case: references[case] for case in cases}
+
+
+def _prepared_from(case, records, meta):
+    """The case of the segmentation that a record was made with."""
+    file = meta["segmentation"]
+    convention = conventions.Convention(
+        name=meta["convention"], modalities=records.modalities, files={}, segmentation=(),
+        labels={int(value): internal for value, internal in meta["labels"].items()},
+        regions=meta["regions"], paint=meta["paint"],
+    )  # fmt: skip
+    return cases_lib.Case(case, (), pathlib.Path(file) if file else None, convention)
+
+
+def _view_spacing(records, metas):
+    """mm at which the scans of all cases fit into the report."""
     if not metas:
         return 1.0
     spacing = [min(edges) for edges in zip(*(meta["record_spacing"] for meta in metas))]
@@ -301,10 +347,8 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
             failed[case] = told(error)
             log.error("%s failed: %s", case, failed[case])
             continue
-        reference = references.get(case)
-        source = meta["segmentation"]
-        if reference is None and source and pathlib.Path(source).is_file():
-            reference = (source, {int(k): v for k, v in meta["labels"].items()})
+        own = _prepared_from(case, records, meta)
+        reference = own if own.segmentation and own.segmentation.is_file() else None
         yield (
             scoring.Segmented(
                 case=case,
@@ -312,7 +356,7 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
                 regions={name: tuple(values) for name, values in settings.regions.items()},
                 in_scan=internal,
                 in_record=scoring.pack(drawn),
-                reference=reference,
+                reference=references.get(case, reference),
                 tolerance=wanted.tolerance,
                 styles=tuple(wanted.styles),
                 overlay=output / "overlays" / f"{case}.png",

@@ -13,6 +13,7 @@ from masm_jax.data.description import load_description
 from masm_jax.files import name_fault, printable
 
 _NIFTI = re.compile(r"\.nii(\.gz)?\Z", re.IGNORECASE)
+_MSD_FOLDERS = ("imagesTr", "imagesTs", "labelsTr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Case:
 
     Attributes:
         id: Name of the case.
-        images: One path per modality, in the order of the convention.
+        images: One path per modality, in the order of the convention; none of a reference.
         segmentation: Path of the label file, None where there is none.
         convention: File names and label values.
         channels: Per modality the index along the last axis of a 4-D file, None for 3-D files.
@@ -59,6 +60,7 @@ def find_cases(
     labels: str | None = None,
     description: Path | str | Convention | None = None,
     partial: bool = False,
+    images: bool = True,
 ) -> tuple[list[Case], list[Problem]]:
     """Finds every case below a folder.
 
@@ -68,6 +70,7 @@ def find_cases(
         description: Description file or convention of another data set; None looks for the
             built-in conventions.
         partial: A case that lacks some modalities is a case too; its convention names those it has.
+        images: False finds segmentations, with or without images; the cases then have no images.
 
     Returns:
         The complete cases, sorted by id; the cases that are incomplete or named twice.
@@ -90,13 +93,13 @@ def find_cases(
     cases: list[Case] = []
     problems: list[Problem] = []
     for convention, own in _by_convention(root, files, labels, description):
-        found, wrong = _assemble(convention, own, partial)
+        found, wrong = _assemble(convention, own, partial, images)
         problems += wrong
         if description is None and not convention.channels:
             found = recognition.recognise(root, found, labels)
         cases += found
     if not cases and not problems:
-        raise ValueError(_nothing_found(root, files, description))
+        raise ValueError(_nothing_found(root, files, description, images))
     cases, repeated = _unique(cases)
     return cases, sorted(problems + repeated, key=lambda p: (p.case, p.file))
 
@@ -170,7 +173,7 @@ def _by_convention(
         yield description, files
         return
     left = set(files)
-    parents = {p.parent.parent for p in files if p.parent.name in ("imagesTr", "imagesTs")}
+    parents = {p.parent.parent for p in files if p.parent.name in _MSD_FOLDERS}
     for folder in sorted(parents):
         convention = conventions.msd_convention(folder / "dataset.json", labels)
         if convention is None:
@@ -218,7 +221,7 @@ def _expected(patterns: tuple[str, ...], case: str) -> str:
 
 
 def _assemble(
-    convention: Convention, files: list[Path], partial: bool
+    convention: Convention, files: list[Path], partial: bool, images: bool
 ) -> tuple[list[Case], list[Problem]]:
     """Groups files into cases; incomplete and ambiguous ones become problems."""
     matchers = _matchers(convention)
@@ -232,22 +235,25 @@ def _assemble(
     cases, problems = [], []
     wanted = convention.modalities[:1] if convention.channels else convention.modalities
     for (folder, case), group in sorted(groups.items()):
-        if convention.channels and set(group) == {None}:
+        if images and convention.channels and set(group) == {None}:
             continue  # labelsTr given alone
+        if not images and None not in group:
+            continue
         held = tuple(m for m in wanted if m in group) if partial else ()
+        needed = (held or wanted) if images else ()
         wrong = _misnamed(case, group)
-        wrong = wrong or _incomplete(convention, Path(folder), case, group, held or wanted)
+        wrong = wrong or _incomplete(convention, Path(folder), case, group, needed)
         problems += wrong
         if wrong:
             continue
         known = _year(convention, case, folder)
         if held and not convention.channels:
             known = dataclasses.replace(known, modalities=held)
-        own = wanted * len(convention.modalities) if convention.channels else held or wanted
-        images = tuple(group[modality][0] for modality in own)
+        own = needed * len(convention.modalities) if convention.channels else needed
+        paths = tuple(group[modality][0] for modality in own)
         channels = tuple(convention.channels.get(m) for m in known.modalities)
         seg = group.get(None, [None])[0]
-        cases.append(Case(case, images, seg, known, channels))
+        cases.append(Case(case, paths, seg, known, channels))
     return cases, problems
 
 
@@ -311,13 +317,13 @@ def _year(convention: Convention, case: str, folder: str) -> Convention:
 def _unique(cases: list[Case]) -> tuple[list[Case], list[Problem]]:
     kept: dict[str, Case] = {}
     problems = []
-    for case in sorted(cases, key=lambda c: (c.id, str(c.images[0]))):
+    for case in sorted(cases, key=lambda c: (c.id, str(_first(c)))):
         if case.id in kept:
-            first = kept[case.id].images[0].parent
+            first = _first(kept[case.id]).parent
             problems.append(
                 Problem(
                     case.id,
-                    str(case.images[0].parent),
+                    str(_first(case).parent),
                     f"a second case of this name; the first is in {first}",
                     "one case per name",
                     "remove or rename one of them",
@@ -328,7 +334,13 @@ def _unique(cases: list[Case]) -> tuple[list[Case], list[Problem]]:
     return list(kept.values()), problems
 
 
-def _nothing_found(root: Path, files: list[Path], description) -> str:
+def _first(case: Case) -> Path:
+    path = (*case.images, case.segmentation)[0]
+    assert path is not None
+    return path
+
+
+def _nothing_found(root: Path, files: list[Path], description, images: bool) -> str:
     if not files:
         return (
             f"{root}: no .nii or .nii.gz below it; expected scans; correct the path or unpack them"
@@ -338,6 +350,12 @@ def _nothing_found(root: Path, files: list[Path], description) -> str:
         return (
             f"{root}: none of {len(files)} NIfTI files matches the description, such as {example}; "
             "correct its file patterns"
+        )
+    if not images:
+        return (
+            f"{root}: none of {len(files)} NIfTI files has the name of a segmentation, such as "
+            f"{example}; expected CASE_seg, CASE-seg or the Decathlon's dataset.json; describe the "
+            "set in a file for --description"
         )
     return (
         f"{root}: none of {len(files)} NIfTI files has a known name, such as {example}; expected "

@@ -63,16 +63,18 @@ class Convention:
         names = " ".join(f"{m}={'|'.join(self.files[m])}" for m in self.modalities)
         if self.channels:
             names = "channels " + " ".join(f"{m}={self.channels[m]}" for m in self.modalities)
+        note = f" ({self.note})" if self.note else ""
+        return f"{self.name}: {names}; label values: {self.meaning()}{note}"
+
+    def meaning(self) -> str:
+        """Returns the label values of each region, such as ``WT = 1+2+4, TC = 1+4, ET = 4``."""
         regions = ", ".join(
             f"{name} = {'+'.join(str(v) for v, i in self.labels.items() if i in inside)}"
             for name, inside in self.regions.items()
         )
         covered = set().union(*self.regions.values())
         outside = [v for v, i in self.labels.items() if i not in covered]
-        if outside:
-            regions += f"; {', '.join(map(str, outside))} in no region"
-        note = f" ({self.note})" if self.note else ""
-        return f"{self.name}: {names}; label values: {regions}{note}"
+        return regions + (f"; {', '.join(map(str, outside))} in no region" if outside else "")
 
 
 _SCHEMES: dict[str, tuple[dict[int, int], dict[str, int]]] = {

@@ -109,7 +109,7 @@ def recognise(root: Path, cases: "list[Case]", labels: str | None) -> "list[Case
                 "the files were remapped"
             )
         with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            files = [(case.segmentation, case.images[0]) for case in with_seg]
+            files = [(c.segmentation, (*c.images, c.segmentation)[0]) for c in with_seg]
             read = pool.map(label_values, *zip(*files)) if files else ()
             values = {case.id: seen for case, seen in zip(with_seg, read) if seen is not None}
         try:

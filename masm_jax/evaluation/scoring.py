@@ -28,7 +28,7 @@ class Segmented:
         regions: region -> internal values.
         in_scan: (I, J, K) uint8 internal labels in the grid of the scan.
         in_record: the same in the grid of the record, zlib-compressed.
-        reference: segmentation file and its label values -> internal; None: that of the record.
+        reference: the case of its segmentation file; None: compared with the label of the record.
         tolerance: of the NSD, mm.
         styles: of the lesion-wise metrics.
         overlay: where to draw it.
@@ -41,7 +41,7 @@ class Segmented:
     regions: dict[str, tuple[int, ...]]
     in_scan: np.ndarray
     in_record: bytes
-    reference: tuple[str, dict[int, int]] | None
+    reference: Case | None
     tolerance: float
     styles: tuple[str, ...]
     overlay: pathlib.Path
@@ -131,17 +131,11 @@ def _metrics(segmented: Segmented) -> tuple[dict[str, Any], str]:
         with clock.stage("metrics"):
             found = metrics.evaluate(drawn, label, meta["record_spacing"], **asked)
         return found, "the records"
-    file, values = segmented.reference
     affine = np.asarray(meta["affine"])
-    task = conventions.Convention(
-        name=meta["convention"], modalities=records.modalities, files={}, segmentation=(),
-        labels=values, regions=segmented.regions, paint=meta["paint"],
-    )  # fmt: skip
     with clock.stage("reading"):
-        case = Case(segmented.case, (), pathlib.Path(file), task)
-        labels = read_segmentation(case, segmented.in_scan.shape, affine)
+        labels = read_segmentation(segmented.reference, segmented.in_scan.shape, affine)
     assert labels is not None  # the case has a segmentation
-    label = conventions.to_internal(labels, values)
+    label = conventions.to_internal(labels, segmented.reference.convention.labels)
     spacing = np.sqrt((affine[:3, :3] ** 2).sum(0))
     with clock.stage("metrics"):
         found = metrics.evaluate(segmented.in_scan, label, spacing, **asked)

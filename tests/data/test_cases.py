@@ -204,6 +204,26 @@ def test_decathlon_test_folder_alone(decathlon):
     assert case.id == "BRATS_485" and case.segmentation is None
 
 
+def test_segmentations_alone(decathlon, make_case, tmp_path):
+    """With or without images beside them; of the Decathlon also the folder with nothing else."""
+    for root in (decathlon, decathlon / "labelsTr"):
+        (case,), problems = cases.find_cases(root, images=False)
+        assert not problems and (case.id, case.images) == ("BRATS_001", ())
+        assert case.convention.labels == {1: 2, 2: 1, 3: 3}
+    for path in make_case("A", DASH, (2, 1, 3)).glob("*-t*"):
+        path.unlink()
+    make_case("B", seed=1)
+    make_case("C", values=None, seed=2)
+    found, problems = cases.find_cases(tmp_path / "raw", images=False)
+    assert not problems and [(case.id, case.images) for case in found] == [("A", ()), ("B", ())]
+    assert [case.convention.name for case in found] == ["brats2023", "brats2021"]
+    make_case("B", folder="raw/again")
+    (problem,) = cases.find_cases(tmp_path / "raw", images=False)[1]
+    assert problem.case == "B" and "second case of this name" in problem.value
+    with pytest.raises(ValueError, match="name of a segmentation.*expected CASE_seg"):
+        cases.find_cases(tmp_path / "raw" / "C", images=False)
+
+
 def test_a_described_set_with_folders_in_its_patterns(make_case, tmp_path):
     root = make_case("A", ("_0000", "_0001", "_0002", "_0003", "_gt"), (1,))
     for path in list(root.iterdir()):

@@ -85,7 +85,7 @@ def evaluate(root: pathlib.Path, output: pathlib.Path, more=()) -> int:
     words = [f"--workdir={root / 'run'}", f"--output={output}", "--split=val", "--workers=0"]
     words += [f"--records={root / 'records'}", "--loader=tests.faults.runs", *more]
     flags.FLAGS.unparse_flags()
-    for name in ("reference", "records"):
+    for name in ("reference", "labels", "description", "records"):
         flags.FLAGS[name].value = None
     flags.FLAGS(["eval.py", *words])
     try:
