@@ -157,6 +157,8 @@ def _finished(root: Path, wanted: dict[str, dict], failed: set[str]) -> dict[str
     kept = {}
     for path in sorted(root.glob("*/meta.json")):
         case = path.parent.name
+        if case.startswith("."):  # left by a kill before it was renamed
+            continue
         if case in failed and case not in wanted:  # whole once, incomplete now
             shutil.rmtree(path.parent)
             continue

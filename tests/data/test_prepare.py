@@ -138,6 +138,15 @@ def test_an_interrupted_run_goes_on(make_case, run, tmp_path, monkeypatch):
     assert not (tmp_path / "records" / ".B.tmp").exists()
 
 
+def test_a_run_killed_before_a_record_got_its_name_goes_on(make_case, run, tmp_path):
+    make_case("A")
+    run()
+    (tmp_path / "records" / "A").rename(tmp_path / "records" / ".A.tmp")
+    code, out, err = run()
+    assert (code, err) == (0, "") and "1 record in" in out and "kept" not in out
+    assert sorted(p.name for p in (tmp_path / "records").iterdir()) == ["A", "dataset.json"]
+
+
 def test_other_settings_are_refused_until_overwrite(make_case, run, tmp_path):
     make_case("A", DASH, (2, 1, 3))
     run("--spacing=2")
