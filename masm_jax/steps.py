@@ -212,12 +212,16 @@ def segment_step(network):
     share = network.config.infer.token_share
 
     def local(params, image, present):
-        if present is not None:
-            present = jnp.broadcast_to(present, (len(image), len(present)))
+        present = _of_each(present, image)
         return network.apply(params, image, share=share, present=present)[0][0]
 
     over = spatial.over(network.mesh, local, (IMAGE, jax.P()), LABEL)
     return lambda params, image, present=None: over(params, image, present)
+
+
+def _of_each(present, image):
+    """(M,) of a scan -> (b, M) of its tiles; None stays None."""
+    return None if present is None else jnp.broadcast_to(present, (len(image), len(present)))
 
 
 def _members(network):
@@ -239,9 +243,9 @@ def keep_names(network):
 def keep_step(network):
     """Tiles to what the mixers keep of them, voxel by voxel.
 
-    (params, (B, M, p, p, p)) -> (B, p, p, p, K) logits of +-20, channels as ``keep_names``: what
-    averages the probabilities of tiles then averages their decisions. Of a modality in several
-    pairs the mean of its decisions.
+    (params, (B, M, p, p, p), present) -> (B, p, p, p, K) logits of +-20, channels as
+    ``keep_names``: what averages the probabilities of tiles then averages their decisions. Of a
+    modality in several pairs the mean of its decisions. present: as of ``segment_step``.
     """
     members = _members(network)
     slots = [
@@ -249,8 +253,8 @@ def keep_step(network):
         for name in dict.fromkeys(members)
     ]
 
-    def local(params, image):
-        _, keep = network.apply(params, image)
+    def local(params, image, present):
+        _, keep = network.apply(params, image, present=_of_each(present, image))
         channels = []
         for level in dict.fromkeys(level for level, _ in keep_names(network)):
             votes = jnp.stack([keep[level][:, own].mean(1) for own in slots], -1)
@@ -260,4 +264,5 @@ def keep_step(network):
         share = jnp.concatenate(channels, -1).astype(jnp.float32)
         return jnp.clip(jax.scipy.special.logit(share), -20.0, 20.0)
 
-    return spatial.over(network.mesh, local, (IMAGE,), LABEL)
+    over = spatial.over(network.mesh, local, (IMAGE, jax.P()), LABEL)
+    return lambda params, image, present=None: over(params, image, present)

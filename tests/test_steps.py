@@ -335,7 +335,7 @@ def test_what_is_kept_of_a_modality_in_several_pairs(make_config, quick_jit):
     assert [name for _, name in keep_names(network)] == ["t1", "t1ce", "t2", "flair"]
     decisions = np.array([1, 1, 0, 1, 0, 0], np.float32)  # t1 t1ce t2 flair flair t1
     keep = np.broadcast_to(decisions[:, None, None, None], (2, 6, 2, 2, 2))
-    network.apply = lambda params, image: (None, {"level1": jnp.asarray(keep)})
+    network.apply = lambda params, image, present: (None, {"level1": jnp.asarray(keep)})
     voxels = np.asarray(keep_step(network)({}, batch(2)["image"].astype(np.float32)))
     assert voxels.shape == (2, 16, 16, 16, 4)
     share = 1 / (1 + np.exp(-voxels.astype(float)))
@@ -349,3 +349,14 @@ def test_pairs_of_the_config_are_no_matter_where_nothing_is_paired(make_config, 
         make_config(**{"model.mixers": mixers}), modalities=("t2", "adc"), regions=REGIONS
     )
     assert deciding(network, jnp.ones((3, 2))) is None and keep_names(network) == []
+
+
+def test_what_is_kept_where_a_modality_is_missing(make_config, quick_jit):
+    """keep_bias -20: all is pruned, but of t1, for which there is no t1ce."""
+    config = make_config(**{"model.mixers": MIXED, "model.keep_bias": -20.0})
+    mesh = sharding.make_mesh(jax.devices()[:2])
+    network = Network(config, modalities=MODALITIES, regions=REGIONS, mesh=mesh)
+    tiles = batch(2)["image"].astype(np.float32)
+    present = np.array([1, 0, 1, 1], np.float32)
+    voxels = np.asarray(quick_jit(keep_step(network))(network.init(0), tiles, present))
+    assert voxels[..., 0].min() == 20 and voxels[..., 2:].max() == -20
