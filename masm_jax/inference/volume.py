@@ -145,11 +145,14 @@ class Ensemble:
     """Several networks, such as those of the folds: their probabilities are averaged.
 
     Args:
-      segmenters: alike in modalities and regions; the settings of the first decide.
+      segmenters: alike in modalities and regions; the settings of the first decide, but for
+        ``may_lack``: a case may lack modalities where all were trained for it.
     """
 
     def __init__(self, segmenters):
-        self.segmenters, self.settings = segmenters, segmenters[0].settings
+        self.segmenters = segmenters
+        may_lack = all(segmenter.settings.may_lack for segmenter in segmenters)
+        self.settings = dataclasses.replace(segmenters[0].settings, may_lack=may_lack)
 
     def probabilities(self, image, progress=None, present=None):
         """As ``Segmenter.probabilities``."""

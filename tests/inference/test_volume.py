@@ -15,6 +15,7 @@ from masm_jax.data import cases, nifti, preprocess
 from masm_jax.data.conventions import MODALITIES, REGIONS, region_masks
 from masm_jax.data.pipeline import Crop
 from masm_jax.inference.volume import (
+    Ensemble,
     Segmenter,
     Settings,
     check_task,
@@ -252,6 +253,13 @@ def test_probabilities_of_several_runs_are_averaged(tmp_path, make_run):
     other = make_run(tmp_path / "c", {1: (1.0, 0.5)}, spacing=1.0)
     with pytest.raises(ValueError, match="infer.runs: spacing of .*c is 1.0, of .*a 2.0"):
         load_run(a, given=[f"infer.runs={str(other)!r}"])
+
+
+def test_several_runs_take_what_lacks_modalities_where_all_were_trained_for_it():
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    for trained, may_lack in (((True, True), True), ((True, False), False), ((False, True), False)):
+        own = [Segmenter(Fixed(), 1.0, mesh, settings(may_lack=each)) for each in trained]
+        assert Ensemble(own).settings == settings(may_lack=may_lack)
 
 
 def test_the_minimum_is_a_volume():
