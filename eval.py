@@ -32,9 +32,9 @@ from masm_jax.data import conventions, nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
-from masm_jax.files import as_path, check_output, printable, replacing, told
+from masm_jax.files import as_path, check_output, printable, replacing
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import check_task, decoding, in_scan
+from masm_jax.inference.volume import FAILURES, check_task, decoding, failure, in_scan
 from masm_jax.parallel import in_order
 from masm_jax.steps import keep_names, keep_step
 
@@ -343,8 +343,8 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
             like = scan if scan.is_file() else np.array(meta["affine"])
             with clock.stage("writing"):
                 nifti.write_labels(output / "predictions" / f"{case}.nii.gz", written, like=like)
-        except (ValueError, OSError) as error:
-            failed[case] = told(error)
+        except FAILURES as error:
+            failed[case] = failure(error)
             log.error("%s failed: %s", case, failed[case])
             continue
         own = _prepared_from(case, records, meta)

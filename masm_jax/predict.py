@@ -29,7 +29,7 @@ from masm_jax.evaluation import pictures, tables
 from masm_jax.files import check_output, name_fault, printable, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
-from masm_jax.inference.volume import check_task, decoding, in_scan, load_run
+from masm_jax.inference.volume import FAILURES, check_task, decoding, failure, in_scan, load_run
 
 # What is left of a region where the ones inside it are painted over.
 _WORDS = {"WT": "oedema", "TC": "necrosis and non-enhancing core", "ET": "enhancing tumour"}
@@ -112,8 +112,8 @@ def _predict(args):
                 modalities=task.modalities, regions=task.regions, spacing=None, where="its files",
             )  # fmt: skip
             volumes = _one(segmenter, case, meta, args)
-        except (ValueError, OSError) as error:
-            failed[case.id] = told(error)
+        except FAILURES as error:
+            failed[case.id] = failure(error)
             _log.error("%s failed: %s", case.id, failed[case.id])
             continue
         _log.info(

@@ -11,7 +11,11 @@ import numpy as np
 
 from masm_jax import sharding
 from masm_jax.data import preprocess
+from masm_jax.files import told
 from masm_jax.inference import postprocess, sliding_window
+
+# What ends one case and not the others, whose scans may be smaller.
+FAILURES = (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,6 +272,17 @@ def check_task(meta, *, modalities, regions, spacing, where):
                 f"{where}: {key} {words(found[key])}; the run was trained on {words(value)}; "
                 f"expected data of the same task, prepared alike"
             )
+
+
+def failure(error):
+    """What one of ``FAILURES`` says to the user, in a line."""
+    said = str(error).partition("\n")[0]
+    if isinstance(error, MemoryError):
+        return f"out of memory ({said or 'of the host'}); free some, or use a machine with more"
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        fix = "; a smaller infer.batch takes less" if "RESOURCE_EXHAUSTED" in said else ""
+        return f"on the device: {said}{fix}"
+    return told(error)
 
 
 def decoding(settings, spacing):

@@ -1,8 +1,12 @@
 """A sample of the bad inputs; ``python -m tests.faults.run`` makes as many as one likes."""
 
+import json
+
+import jax
 import pytest
 
-from tests.faults import judge, kills, run
+from masm_jax import predict
+from tests.faults import judge, kills, run, runs
 from tests.faults.kinds import KINDS
 from tests.faults.runs import SPOILT
 
@@ -18,6 +22,39 @@ def worker(tmp_path_factory):
 def test_one_input_of_every_kind(worker, kind):
     outcome, said = worker.judge(kind, 11)
     assert outcome in (judge.HANDLED, judge.CLEAR), f"{outcome}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("Unable to allocate 3 GiB"), "out of memory (Unable to allocate 3 GiB); free"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB\nmore"), "9 GiB; a smaller infer."),
+    ],
+)
+def test_a_case_that_finds_no_room_does_not_stop_the_others(
+    error, words, tmp_path, monkeypatch, capsys
+):
+    segment, first = runs.Network.probabilities, []
+
+    def probabilities(*given):
+        if not first:
+            first.append(True)
+            raise error
+        return segment(*given)
+
+    runs.make(tmp_path)
+    monkeypatch.setattr(runs.Network, "probabilities", probabilities)
+    assert runs.evaluate(tmp_path, tmp_path / "eval", ["--split=all"]) == 3
+    summary = json.loads((tmp_path / "eval" / "summary.json").read_text())
+    assert summary["cases"] == 1 and words in summary["failed"]["First"]
+    first.clear()
+    capsys.readouterr()
+    monkeypatch.setattr(predict, "load_run", runs.load_run)
+    places = [f"--workdir={tmp_path / 'run'}", f"--input={tmp_path / 'raw'}"]
+    assert predict.main([*places, f"--output={tmp_path / 'out'}"]) == 3
+    said = capsys.readouterr()
+    assert "1 cases in" in said.out and words in said.err.splitlines()[-1]
+    assert (tmp_path / "out" / "Second.nii.gz").is_file()
 
 
 def test_the_judge_sees_what_is_wrong(tmp_path):
