@@ -96,7 +96,7 @@ def _predict(args):
         segmenter, meta = load_run(args.workdir, which=which, given=args.set)
     partial = not args.from_export and segmenter.settings.may_lack
     cases, problems = _cases(args, partial)
-    failed = {}
+    failed, written = {}, 0
     for problem in problems:
         failed[problem.case] = "; ".join(filter(None, [failed.get(problem.case), str(problem)]))
     for number, case in enumerate(cases, 1):
@@ -116,6 +116,7 @@ def _predict(args):
             failed[case.id] = failure(error)
             _log.error("%s failed: %s", case.id, failed[case.id])
             continue
+        written += 1
         _log.info(
             "%d/%d %s (%s)  %s  %.1f s",
             number,
@@ -125,7 +126,8 @@ def _predict(args):
             "  ".join(f"{name} {value:.1f} ml" for name, value in volumes.items()),
             time.perf_counter() - began,
         )
-    print(f"{len({case.id for case in cases} - failed.keys())} cases in {printable(args.output)}")
+    # Counted as they are written: of two of one name the first is, though the name is in failed.
+    print(f"{written} cases in {printable(args.output)}")
     for name, reason in failed.items():
         named = reason if reason.startswith(name) else f"{name}: {reason}"
         print(f"failed: {printable(named)}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """A sample of the bad inputs; ``python -m tests.faults.run`` makes as many as one likes."""
 
 import json
+import shutil
 
 import jax
 import pytest
@@ -55,6 +56,17 @@ def test_a_case_that_finds_no_room_does_not_stop_the_others(
     said = capsys.readouterr()
     assert "1 cases in" in said.out and words in said.err.splitlines()[-1]
     assert (tmp_path / "out" / "Second.nii.gz").is_file()
+
+
+def test_of_two_cases_of_one_name_the_first_is_segmented_and_counted(tmp_path, monkeypatch, capsys):
+    runs.make(tmp_path)
+    shutil.copytree(tmp_path / "raw" / "First", tmp_path / "raw" / "more" / "First")
+    monkeypatch.setattr(predict, "load_run", runs.load_run)
+    places = [f"--workdir={tmp_path / 'run'}", f"--input={tmp_path / 'raw'}"]
+    assert predict.main([*places, f"--output={tmp_path / 'out'}"]) == 3
+    said = capsys.readouterr()
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2 and "2 cases in" in said.out
+    assert "a second case of this name" in said.err.splitlines()[-1]
 
 
 def test_the_judge_sees_what_is_wrong(tmp_path):
