@@ -57,7 +57,7 @@ def write(
             that reads each from a file never has two in memory.
         pictures: dicts with "section" (a key of ``sections.PICTURES``), "title", "caption", "png"
             and "csv" (None without), in the order to show. The PNG goes into the page.
-        failed: case -> reason.
+        failed: case -> reason; of those in ``rows``, why not all is shown of them.
         config: of the run, nested as it is.
         about: "run", "step", "device", "date", "command", "versions" (a dict) and more of the kind.
         notes: what a reader must know first, a sentence each.
@@ -82,7 +82,7 @@ def write(
             for key in (*listed, "run")
             if listed.get(key, True)
         ),
-        "failed": sections.failed(failed),
+        "failed": sections.failed(failed, rows),
         **{key: listed[key] for key in ("summary", "cases", "lesions")},
         "pictures": "".join(listed[key] for key in sections.PICTURES.values()),
         "run": sections.run(about, config),

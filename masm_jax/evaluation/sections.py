@@ -50,15 +50,20 @@ def notes(sentences: Sequence[str]) -> str:
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def failed(reasons: Mapping[str, str]) -> str:
-    """Cases without a result and why; nothing when all went well."""
-    if not reasons:
-        return ""
-    body = "".join(_line(escaped(case), escaped(reason)) for case, reason in reasons.items())
-    return (
-        f'<section class="failed"><h2>Failed: {len(reasons)}</h2><p>These cases are in no number '
-        f"below.</p>{_table(['case', 'reason'], body)}</section>"
-    )
+def failed(reasons: Mapping[str, str], rows: Sequence[Row]) -> str:
+    """Cases without a result, and those without a picture, and why; nothing when all went well."""
+    scored = {row["case"] for row in rows}
+    parts = ""
+    for heading, words, counted in (
+        ("Failed", "These cases are in no number below.", False),
+        ("Not drawn", "These cases are in the numbers below, but not all is shown of them.", True),
+    ):
+        own = {case: reason for case, reason in reasons.items() if (case in scored) == counted}
+        body = "".join(_line(escaped(case), escaped(reason)) for case, reason in own.items())
+        if own:
+            parts += f"<h2>{heading}: {len(own)}</h2><p>{words}</p>"
+            parts += _table(["case", "reason"], body)
+    return f'<section class="failed">{parts}</section>' if parts else ""
 
 
 def summary(content: Mapping[str, Any], bounds: Mapping[str, Mapping[str, Sequence[float]]]) -> str:

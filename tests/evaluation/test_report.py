@@ -232,6 +232,17 @@ def test_the_page_says_what_it_must(tmp_path):
     assert dice == sorted(dice, key=float)  # worst first
 
 
+def test_a_case_that_was_scored_but_not_drawn_is_said_to_be_in_the_numbers(tmp_path):
+    failed = {"absent": "no such file", "case-1": "scored, but not drawn: disk full"}
+    page = _write(tmp_path, failed=failed).read_text()
+    apart = re.search('<section class="failed">(.*?)</section>', page, re.S)[1]
+    lost, kept = apart.split("<h2>")[1:]
+    assert lost.startswith("Failed: 1</h2><p>These cases are in no number") and "absent" in lost
+    assert kept.startswith("Not drawn: 1</h2><p>These cases are in the numbers")
+    assert "case-1" in kept and "case-1" not in lost
+    assert "Not drawn" not in _write(tmp_path).read_text()
+
+
 def test_pictures_of_an_unknown_section_are_refused(tmp_path):
     pictures = report.distributions(tmp_path / "report", _rows("a", (0.5, 0.6)))
     pictures[0]["section"] = "misc"
