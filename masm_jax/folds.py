@@ -21,7 +21,7 @@ from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records
 from masm_jax.evaluation import tables
-from masm_jax.files import told
+from masm_jax.files import check_output, told
 
 DIFFER = ("data.split:", "seed:")  # what may differ between folds, beside what is free to change
 
@@ -93,10 +93,15 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="folder for the tables of all folds")
     args = parser.parse_args(argv)
     try:
-        rows, lesions, failed = gather(args.runs)
+        return _run(args)
     except (ValueError, OSError) as error:
         print(f"folds: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
+
+
+def _run(args):
+    check_output(args.output)
+    rows, lesions, failed = gather(args.runs)
     output = pathlib.Path(args.output)
     summary = tables.summarise(rows)
     folds = {}

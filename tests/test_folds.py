@@ -111,3 +111,14 @@ def test_folds_evaluated_in_another_way(runs, capsys):
     )
     assert gather(runs) == 1
     assert "expected folds evaluated alike" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_one_line(runs, capsys):
+    (runs / "all").write_text("")
+    assert gather(runs) == 1
+    assert f"{runs / 'all'} is a file; name a folder" in capsys.readouterr().err
+    (runs / "all").unlink()
+    (runs / "all" / "summary.json").mkdir(parents=True)
+    assert gather(runs) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("folds: ") and said.count("\n") == 1 and "name a file" in said
