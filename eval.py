@@ -34,7 +34,14 @@ from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
 from masm_jax.files import as_path, check_output, printable, replacing
 from masm_jax.inference import postprocess
-from masm_jax.inference.volume import FAILURES, check_task, decoding, failure, in_scan
+from masm_jax.inference.volume import (
+    FAILURES,
+    check_task,
+    decoding,
+    failure,
+    in_scan,
+    trained_on,
+)
 from masm_jax.parallel import in_order
 from masm_jax.steps import keep_names, keep_step
 
@@ -99,7 +106,9 @@ def evaluate(workdir, output, roll):
         where=records.root,
     )  # fmt: skip
     cases = _cases(workdir, records, config)[: _CASES.value or None]
-    trained = _trained_on(workdir, config, records, cases)
+    trained = trained_on(workdir, config, records, cases) if _SPLIT.value != "train" else []
+    if trained:
+        log.warning("%d of %d cases were trained on", len(trained), len(cases))
     metas = _metas(records, cases)
     references = _references(_REFERENCE.value, records, metas, cases, meta)
     views = _view_spacing(records, metas.values())
@@ -214,22 +223,6 @@ def _cases(workdir, records, config):
             f"--split={wanted}: {workdir / 'split.json'} has no such cases; name another split"
         )
     return named[wanted]
-
-
-def _trained_on(workdir, config, records, cases):
-    """Which of the cases the run, or one averaged with it, was trained on; says so."""
-    trained = set()
-    for run in (workdir, *map(as_path, config.infer.runs)):
-        trained |= set(records_lib.read_split(run)["train"])
-    seen = sorted(trained & set(cases)) if _SPLIT.value != "train" else []
-    if _RECORDS.value and pathlib.Path(config.data.records).is_dir():
-        # Other records may hold other scans of the same name, or the same scans in another place.
-        own = records_lib.Records(config.data.records)
-        hashes = [[of.meta(case)["hashes"] for of in (own, records)] for case in seen]
-        seen = [case for case, (one, other) in zip(seen, hashes) if one == other]
-    if seen:
-        log.warning("%d of %d cases were trained on", len(seen), len(cases))
-    return seen
 
 
 def _metas(records, cases):

@@ -28,9 +28,9 @@ from masm_jax.benchmark.accuracy_report import interval_words
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
-from masm_jax.files import as_path, replacing, told
+from masm_jax.files import as_path, check_output, replacing, told
 from masm_jax.inference.postprocess import decode
-from masm_jax.inference.volume import check_task, decoding, load_run
+from masm_jax.inference.volume import check_task, decoding, load_run, trained_on
 
 _log = logging.getLogger("masm_jax.subsets")  # run as a module, __name__ is "__main__"
 
@@ -61,16 +61,22 @@ def main(argv=None):
 
 
 def _run(args):
+    check_output(args.output)
     groups, segmenters = {name: runs(name) for name in args.workdir}, {}
-    for workdir in itertools.chain(*groups.values()):
+    configs = {run: config_lib.load(run) for run in itertools.chain(*groups.values())}
+    records = _records(args, configs)
+    for workdir in configs:
         segmenter, meta = load_run(workdir)
         segmenters[workdir] = segmenter
-        records = records_lib.Records(args.records or config_lib.load(workdir).data.records)
         check_task(
             meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
             where=records.root,
         )  # fmt: skip
     cases = _cases(args, next(iter(segmenters)), records)
+    trained = {run: trained_on(run, configs[run], records, cases) for run in segmenters}
+    for workdir, seen in trained.items():
+        if seen:
+            _log.warning("%s: %d of %d cases were trained on", workdir, len(seen), len(cases))
     scores = {}
     for number, (workdir, segmenter) in enumerate(segmenters.items(), 1):
         _log.info("run %d of %d: %s", number, len(segmenters), workdir)
@@ -85,6 +91,7 @@ def _run(args):
             name: {
                 "workdirs": [str(workdir) for workdir in group],
                 "trained_for_it": all(segmenters[run].settings.may_lack for run in group),
+                "trained_on": sorted(set(itertools.chain(*(trained[run] for run in group)))),
                 "dice": {
                     "+".join(subset): [scores[workdir][subset].tolist() for workdir in group]
                     for subset in subsets(records.modalities)
@@ -113,6 +120,22 @@ def runs(workdir):
     if (path / "config.json").exists() or not seeds:
         return [path]
     return sorted(seeds, key=lambda seed: (len(seed.name), seed.name))
+
+
+def _records(args, configs):
+    """Those of --records, or of the runs, which must have the same."""
+    if args.records:
+        return records_lib.Records(args.records)
+    first, *others = configs
+    root = configs[first].data.records
+    for run in others:
+        its = configs[run].data.records
+        if pathlib.Path(its).resolve() != pathlib.Path(root).resolve():
+            raise ValueError(
+                f"{run} was trained on the records {its}, {first} on {root}; expected the same for "
+                f"all; name those to compare on by --records"
+            )
+    return records_lib.Records(root)
 
 
 def _cases(args, first, records):
@@ -222,6 +245,9 @@ def table(found):
     never = [names[name] for name, run in runs.items() if not run["trained_for_it"]]
     if never:
         lines.append(f"Never lost a modality in training: {', '.join(never)}.")
+    seen = [f"{names[n]} ({len(r['trained_on'])})" for n, r in runs.items() if r["trained_on"]]
+    if seen:
+        lines.append(f"Trained on some of these cases, which flatters: {', '.join(seen)}.")
     return lines if lines[-1] else lines[:-1]
 
 

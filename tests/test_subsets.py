@@ -1,16 +1,22 @@
 """The table over all subsets of the modalities: numbers by hand."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 
+from configs import masm_demo
+from masm_jax import config as config_lib
 from masm_jax import subsets
+from tests.faults import runs as fault_runs
 
 
 def of(*scores):
     """A run's entry: one training each with these Dice of two cases, one region, two subsets."""
     workdirs = [f"/sweep/row/seed-{number}" for number in range(len(scores))]
     dice = {"t1+t2": [[[a], [b]] for a, b in scores], "t1": [[[a / 2], [b / 2]] for a, b in scores]}
-    return {"workdirs": workdirs, "trained_for_it": True, "dice": dice}
+    return {"workdirs": workdirs, "trained_for_it": True, "trained_on": [], "dice": dice}
 
 
 def test_every_subset_once_the_whole_first():
@@ -67,3 +73,54 @@ def test_names_are_as_short_as_tells_them_apart():
     assert name("runs/masm", "runs/unet") == ["masm", "unet"]
     assert name("a/masm/seed-0", "a/unet/seed-0") == ["masm/seed-0", "unet/seed-0"]
     assert name("runs/masm") == ["masm"]
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """measured(*flags) -> exit code, with two runs on "First", each with its own records."""
+    fault_runs.make(tmp_path)
+    shutil.copytree(tmp_path / "records", tmp_path / "other_records")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    for run, records in (("run", "records"), ("other", "other_records")):
+        config = masm_demo.get_config()
+        config.data.records = str(tmp_path / records)
+        config_lib.save(config, tmp_path / run)
+    monkeypatch.setattr(subsets, "load_run", fault_runs.load_run)
+
+    def run(*flags):
+        places = [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+        return subsets.main([*places, *flags])
+
+    return run
+
+
+def test_cases_that_were_trained_on_are_said(measured, tmp_path, capsys):
+    assert measured("--split=all") == 0
+    assert f"{tmp_path / 'run'}: 1 of 2 cases were trained on" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "subsets.json").read_text())
+    assert found["runs"][str(tmp_path / "run")]["trained_on"] == ["First"]
+    said = (tmp_path / "out" / "subsets.md").read_text()
+    assert said.endswith("Trained on some of these cases, which flatters: run (1).\n")
+    assert measured("--split=val") == 0
+    assert "trained on" not in capsys.readouterr().err.lower()
+
+
+def test_runs_on_other_records_need_to_be_told_on_which(measured, tmp_path, capsys):
+    other = f"--workdir={tmp_path / 'other'}"
+    assert measured(other) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'other'} was trained on the records {tmp_path / 'other_records'}" in said
+    assert "name those to compare on by --records" in said
+    assert measured(other, f"--records={tmp_path / 'records'}") == 0
+
+
+def test_an_output_that_is_a_file_is_said_before_anything_is_measured(
+    measured, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(subsets, "load_run", lambda workdir: pytest.fail("loaded"))
+    (tmp_path / "out").write_text("")
+    assert measured() == 1
+    assert f"{tmp_path / 'out'} is a file; name a folder" in capsys.readouterr().err

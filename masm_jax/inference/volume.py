@@ -4,6 +4,7 @@ The network is a function here, of a run (``load_run``) or of an export (inferen
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 
 import jax
@@ -11,7 +12,8 @@ import numpy as np
 
 from masm_jax import sharding
 from masm_jax.data import preprocess
-from masm_jax.files import told
+from masm_jax.data import records as records_lib
+from masm_jax.files import as_path, told
 from masm_jax.inference import postprocess, sliding_window
 
 # What ends one case and not the others, whose scans may be smaller.
@@ -272,6 +274,27 @@ def check_task(meta, *, modalities, regions, spacing, where):
                 f"{where}: {key} {words(found[key])}; the run was trained on {words(value)}; "
                 f"expected data of the same task, prepared alike"
             )
+
+
+def trained_on(workdir, config, records, cases):
+    """Which of the cases a run, or one averaged with it, was trained on.
+
+    Args:
+      workdir: of the run.
+      config: of the run.
+      records: that hold the cases.
+      cases: ids.
+    """
+    trained = set()
+    for run in (workdir, *map(as_path, config.infer.runs)):
+        trained |= set(records_lib.read_split(run)["train"])
+    seen, own = sorted(trained & set(cases)), pathlib.Path(config.data.records)
+    if own.is_dir() and own.resolve() != records.root.resolve():
+        # Other records may hold other scans of the same name, or the same scans in another place.
+        own = records_lib.Records(own)
+        hashes = [[of.meta(case)["hashes"] for of in (own, records)] for case in seen]
+        seen = [case for case, (one, other) in zip(seen, hashes) if one == other]
+    return seen
 
 
 def failure(error):
