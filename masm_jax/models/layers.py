@@ -31,10 +31,18 @@ def volumes(x, depth):
 
 
 def depth_to_space(x, factor):
-    """(N, H, W, f^3 C) -> (f N, f H, f W, C), planes; the channel order is (fd, fh, fw, C)."""
+    """(N, H, W, f^3 C) -> (f N, f H, f W, C), planes; the channel order is (fd, fh, fw, C).
+
+    On TPU the planes, which lie in its lanes, are put between each other by themselves: with all
+    axes at once the channels came into the lanes, and eight of them fill a sixteenth
+    (docs/scaling.md).
+    """
     if factor == 1:
         return x
     n, h, w, c = x.shape
+    if platform_of_trace() == "tpu":
+        parts = [_up_in_plane(part, factor) for part in jnp.split(x, factor, axis=-1)]
+        return jnp.stack(parts, 1).reshape(n * factor, *parts[0].shape[1:])
     x = x.reshape(n, h, w, factor, factor, factor, c // factor**3)
     x = x.transpose(0, 3, 1, 4, 2, 5, 6)
     return x.reshape(n * factor, h * factor, w * factor, c // factor**3)
@@ -45,9 +53,26 @@ def space_to_depth(x, factor):
     if factor == 1:
         return x
     n, h, w, c = x.shape
+    if platform_of_trace() == "tpu":
+        x = x.reshape(n // factor, factor, h, w, c)
+        return jnp.concatenate([_down_in_plane(x[:, i], factor) for i in range(factor)], -1)
     x = x.reshape(n // factor, factor, h // factor, factor, w // factor, factor, c)
     x = x.transpose(0, 2, 4, 1, 3, 5, 6)
     return x.reshape(n // factor, h // factor, w // factor, factor**3 * c)
+
+
+def _up_in_plane(x, factor):
+    """(N, H, W, f^2 C) -> (N, f H, f W, C)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, factor, factor, c // factor**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h * factor, w * factor, c // factor**2)
+
+
+def _down_in_plane(x, factor):
+    """(N, f H, f W, C) -> (N, H, W, f^2 C)."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // factor, factor, w // factor, factor, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // factor, w // factor, factor**2 * c)
 
 
 @jax.named_scope(RESAMPLE)

@@ -7,7 +7,7 @@ import pytest
 
 from masm_jax.models import layers
 from masm_jax.models.attention import MLP, SelfAttention
-from masm_jax.models.conv import LOWERINGS, conv
+from masm_jax.models.conv import LOWERINGS, conv, traced_for
 from masm_jax.models.init import Initialiser
 from masm_jax.models.masking import policy_softmax
 
@@ -115,6 +115,15 @@ def test_depth_to_space_is_a_transposed_convolution():
 def test_space_to_depth_is_the_inverse():
     x = fold(normal(0, 2, 4, 6, 8, 3))
     np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, 2), 2), x)
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_the_moves_of_a_tpu_are_the_same_to_the_bit(factor):
+    x = np.random.default_rng(1).standard_normal((4, 3, 5, factor**3 * 2), np.float32)
+    y = layers.depth_to_space(x, factor)
+    with traced_for("tpu"):
+        np.testing.assert_array_equal(layers.depth_to_space(x, factor), y)
+        np.testing.assert_array_equal(layers.space_to_depth(y, factor), x)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
