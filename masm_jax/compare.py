@@ -23,7 +23,7 @@ from scipy import stats
 from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.evaluation import tables
-from masm_jax.files import replacing, told
+from masm_jax.files import check_output, replacing, told
 
 LOWER_IS_BETTER = ("hd95",)
 RESAMPLES = 10_000
@@ -231,14 +231,18 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="folder for compare.csv, .json and .png")
     parser.add_argument("--metrics", default="dice,hd95,nsd", help="columns of metrics.csv")
     arguments = parser.parse_args(argv)
-    names = (arguments.run_a, arguments.run_b)
     try:
-        a, b = (read(name) for name in names)
-        rows = compare(a, b, [name.strip() for name in arguments.metrics.split(",")])
+        return _run(arguments)
     except (ValueError, OSError) as error:
         print(f"compare: {told(error)}", file=sys.stderr)
         return runtime.EXIT_ERROR
-    output = pathlib.Path(arguments.output)
+
+
+def _run(arguments):
+    names, output = (arguments.run_a, arguments.run_b), pathlib.Path(arguments.output)
+    check_output(output)
+    a, b = (read(name) for name in names)
+    rows = compare(a, b, [name.strip() for name in arguments.metrics.split(",")])
     tables.write_metrics_csv(
         output / "compare.csv",
         [{"case": "all", **{k: v for k, v in row.items() if k != "differences"}} for row in rows],

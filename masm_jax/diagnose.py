@@ -27,7 +27,7 @@ from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import diagnosis_page, findings, tables
-from masm_jax.files import as_path, replacing, told
+from masm_jax.files import as_path, check_output, replacing, told
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run
 from masm_jax.models.mosaic import learnt_edge
@@ -63,6 +63,8 @@ def main(argv=None):
 
 def _run(args):
     workdir = as_path(args.run)
+    output = pathlib.Path(args.output or workdir / "diagnose")
+    check_output(output)
     config = config_lib.load(workdir)
     segmenter, meta = load_run(workdir)
     segmenter = getattr(segmenter, "segmenters", [segmenter])[0]  # of several runs the first
@@ -78,7 +80,6 @@ def _run(args):
         "run": str(workdir), "step": meta["step"], "cases": cases, **measured,
         "findings": [dataclasses.asdict(finding) for finding in judge(config, measured, log)],
     }  # fmt: skip
-    output = pathlib.Path(args.output or workdir / "diagnose")
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / "findings.json") as temporary:
         temporary.write_text(json.dumps(tables.finite(found), indent=1) + "\n")

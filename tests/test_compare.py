@@ -89,6 +89,15 @@ def test_errors_are_one_line(tmp_path, capsys, first, metrics, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    for name in ("a", "b"):
+        evaluation(tmp_path / name, [0.5, 0.6])
+    (tmp_path / "file").touch()
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'file'}"]
+    assert compare.main(words) == 1
+    assert capsys.readouterr().err.endswith("file is a file; name a folder\n")
+
+
 def test_no_case_in_common(tmp_path):
     a = compare.read(evaluation(tmp_path / "a", [0.5]))
     with pytest.raises(ValueError, match="share no case: the first has c0, the second x"):
