@@ -89,17 +89,18 @@ def _keep_memory():
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
     XLA's CPU client allocates a step's buffers anew at each call, and without this a fifth of the
-    time goes into page faults (docs/performance.md). One arena for all threads: that of a thread
-    has no room for more than 64 MB, and what is larger is mapped and unmapped whatever is set.
+    time goes into page faults (docs/performance.md). It does so in this thread, where programs are
+    not dispatched to another one: for those glibc maps and unmaps what is larger than 64 MB,
+    whatever is set here.
     """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if not sys.platform.startswith("linux"):
         return
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return  # another C library, such as musl
-    trim_threshold, mmap_max, arena_max = -1, -4, -8  # malloc.h
-    mallopt(arena_max, 1)
+    trim_threshold, mmap_max = -1, -4  # malloc.h
     mallopt(mmap_max, 0)
     mallopt(trim_threshold, -1)  # never
 
