@@ -42,7 +42,7 @@ def start(*, devices=0, cache=True):
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     logging.getLogger("absl").addFilter(lambda record: "/orbax/" not in record.pathname)
     _quiet_closed_loops()
-    _keep_memory()
+    keep_memory()
     # kill -USR2 PID asks a run that seems to stand still where each of its threads is.
     faulthandler.register(signal.SIGUSR2, file=sys.__stderr__)
     if devices:
@@ -85,7 +85,7 @@ def _quiet_closed_loops():
     sys.unraisablehook = hook
 
 
-def _keep_memory():
+def keep_memory():
     """Have glibc keep freed memory for the next step instead of handing it back to the kernel.
 
     XLA's CPU client allocates a step's buffers anew at each call, and without this a fifth of the

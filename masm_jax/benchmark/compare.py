@@ -238,8 +238,7 @@ class Worker:
 def environment(cache, args):
     """Environment of the workers: cores, caches of compiled programs, one allocator for both.
 
-    glibc keeps freed memory, as ``runtime.start`` has it for training; here for both frameworks,
-    whose programs both run in the thread that calls them.
+    glibc keeps freed memory, as ``runtime.start`` has it for training; here for both frameworks.
     """
     platforms = "cpu" if args.device == "cpu" else "cuda,cpu"
     return {
@@ -247,7 +246,6 @@ def environment(cache, args):
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
         "JAX_PLATFORMS": platforms,
-        "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",

@@ -53,8 +53,10 @@ def _side(job):
     entry = peers.NETWORKS[job["network"]]
     arguments = {name: job[name] for name in ("patch", "batch", "dtype", "mode", "device")}
     if entry.framework == "jax":
+        from masm_jax import runtime
         from masm_jax.benchmark import jax_side as side
 
+        runtime.keep_memory()
         entry = dataclasses.replace(entry, **job.get("ours", {}))
         arguments |= {"ours": entry, "config": job["config"], "limit": job.get("limit")}
     else:
