@@ -1,6 +1,7 @@
 """The file that a case is compared with: what is read, and what is refused."""
 
 import json
+import logging
 import shutil
 
 import nibabel as nib
@@ -15,8 +16,10 @@ SEG = "raw/Second/Second_seg.nii.gz"
 
 
 @pytest.fixture
-def evaluate(tmp_path, capsys):
+def evaluate(tmp_path, capsys, monkeypatch):
     """evaluate("--more=flags") -> (exit code, standard error), of a run in tmp_path."""
+    # A handler that another test has left would write to an output that is closed.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     runs.make(tmp_path)
 
     def call(*more):
