@@ -27,12 +27,11 @@ from absl import app, flags
 
 from masm_jax import config as config_lib
 from masm_jax import processes, runtime
-from masm_jax.data import cases as cases_lib
-from masm_jax.data import conventions, nifti
+from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
-from masm_jax.evaluation import gallery, mosaics, report, scoring, tables
+from masm_jax.evaluation import gallery, mosaics, reference, report, scoring, tables
 from masm_jax.evaluation.clock import Clock
-from masm_jax.files import as_path, check_output, printable, replacing
+from masm_jax.files import as_path, check_output, of_case, replacing
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import (
     FAILURES,
@@ -110,7 +109,8 @@ def evaluate(workdir, output, roll):
     if trained:
         log.warning("%d of %d cases were trained on", len(trained), len(cases))
     metas = _metas(records, cases)
-    references = _references(_REFERENCE.value, records, metas, cases, meta)
+    asked = {"labels": _LABELS.value, "description": _DESCRIPTION.value}
+    references = reference.find(_REFERENCE.value, cases, records, metas, meta, **asked)
     views = _view_spacing(records, metas.values())
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     if first:
@@ -186,8 +186,7 @@ def evaluate(workdir, output, roll):
         print(f"compared in: {', '.join(summary['grid'])}")
         print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
     for case, reason in failed.items():
-        named = str(reason) if str(reason).startswith(case) else f"{case}: {reason}"
-        print(f"failed: {printable(named)}", file=sys.stderr)
+        print(f"failed: {of_case(case, str(reason))}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
@@ -232,57 +231,6 @@ def _metas(records, cases):
         with contextlib.suppress(ValueError, OSError):
             metas[case] = records.meta(case)
     return metas
-
-
-def _references(folder, records, metas, cases, run):
-    """Case -> case of its segmentation below a folder; empty without one."""
-    labels, description = _LABELS.value, _DESCRIPTION.value
-    if folder is None:
-        if labels or description:
-            raise ValueError("--labels and --description go with --reference; leave them out")
-        return {}
-    found, problems = cases_lib.find_cases(
-        folder, labels=labels, description=description, images=False
-    )
-    references = {case.id: case for case in found}
-    missing = [case for case in cases if case not in references]
-    wrong = [str(problem) for problem in problems if problem.case in cases][:5]
-    if missing:
-        wrong.append(
-            f"no segmentation for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}"
-            "; expected one for every case of the split, CASE_seg.nii.gz, CASE-seg.nii.gz or named "
-            "as a --description says"
-        )
-    if wrong:
-        raise ValueError(f"--reference={folder}: {'; '.join(wrong)}")
-    for case in cases:
-        task = references[case].convention
-        where = f"--reference={folder}: {case}"
-        check_task(
-            run, modalities=run["modalities"], regions=task.regions, spacing=run["spacing"],
-            where=where,
-        )  # fmt: skip
-        if labels or description or case not in metas:
-            continue
-        own = _prepared_from(case, records, metas[case]).convention
-        if not task.labels.items() <= own.labels.items():
-            raise ValueError(
-                f"{where}: label values {task.meaning()} ({task.name}); its record was made with "
-                f"{own.meaning()} ({own.name}); expected the same; say what they mean here with "
-                "--labels or --description"
-            )
-    return {case: references[case] for case in cases}
-
-
-def _prepared_from(case, records, meta):
-    """The case of the segmentation that a record was made with."""
-    file = meta["segmentation"]
-    convention = conventions.Convention(
-        name=meta["convention"], modalities=records.modalities, files={}, segmentation=(),
-        labels={int(value): internal for value, internal in meta["labels"].items()},
-        regions=meta["regions"], paint=meta["paint"],
-    )  # fmt: skip
-    return cases_lib.Case(case, (), pathlib.Path(file) if file else None, convention)
 
 
 def _view_spacing(records, metas):
@@ -340,8 +288,8 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
             failed[case] = failure(error)
             log.error("%s failed: %s", case, failed[case])
             continue
-        own = _prepared_from(case, records, meta)
-        reference = own if own.segmentation and own.segmentation.is_file() else None
+        own = reference.prepared_from(case, records, meta)
+        own = own if own.segmentation and own.segmentation.is_file() else None
         yield (
             scoring.Segmented(
                 case=case,
@@ -349,7 +297,7 @@ def _segmented(segmenter, records, cases, references, output, failed, wanted, vi
                 regions={name: tuple(values) for name, values in settings.regions.items()},
                 in_scan=internal,
                 in_record=scoring.pack(drawn),
-                reference=references.get(case, reference),
+                reference=references.get(case, own),
                 tolerance=wanted.tolerance,
                 styles=tuple(wanted.styles),
                 overlay=output / "overlays" / f"{case}.png",

@@ -86,7 +86,7 @@ def train(config, workdir, roll):
     everywhere = sharding.replicated(mesh)
     target = checkpoint.with_sharding(abstract, everywhere)
     _refuse_another(workdir, config, split, started=checkpoints.latest() is not None)
-    start, state, meta = checkpoints.restore_newest(target, roll, put_aside=True)
+    start, state, _ = checkpoints.restore_newest(target, roll, put_aside=True)
     start = start or 0
     if start:
         log.info("continuing at step %d", start)

@@ -69,6 +69,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def of_case(case: str, reason: str) -> str:
+    """Why a case failed, printable, and with its name, which some reasons begin with."""
+    return printable(reason if reason.startswith(case) else f"{case}: {reason}")
+
+
 def told(error: BaseException) -> str:
     """What an error says to the user: one of the system's as place, what is wrong, and the fix."""
     if not isinstance(error, OSError) or not error.strerror:

@@ -157,14 +157,17 @@ def mean_ratios(ratios, free=None):
     return {level: jnp.where(counted > 0, mean, jnp.nan) for level, mean in means.items()}
 
 
-def ratio_loss(kept, target):
+def ratio_loss(kept, target, free=None):
     """(mean keep - target)^2, averaged over levels and modalities (DynamicViT, section 3.3).
 
     Args:
-      kept: of ``mean_ratios``; what is NaN there is on target.
+      kept: of ``mean_ratios``.
       target: in (0, 1].
+      free: as there; where no example counts nothing is off target.
     """
     if not kept:
         return jnp.zeros((), jnp.float32)
-    kept = jnp.stack(list(kept.values()))
-    return (jnp.where(jnp.isnan(kept), 0, kept - target) ** 2).mean()
+    off = jnp.stack(list(kept.values())) - target
+    if free is not None:
+        off = jnp.where(free.sum(0) > 0, off, 0)
+    return (off**2).mean()

@@ -148,7 +148,8 @@ class MetricLog:
     def _check(self, interval):
         for step, metrics in interval:
             bad = [key for key, value in metrics.items() if not math.isfinite(value)]
-            # A keep ratio is NaN where the step had no pair of which both modalities are there.
+            # A keep ratio is NaN where the step had no pair of which both modalities are there; one
+            # that is broken shows in the ratio loss.
             if bad := [key for key in bad if not key.startswith("train/keep/")]:
                 self.write(step, {key: float(value) for key, value in metrics.items()})
                 raise NonFinite(

@@ -26,7 +26,7 @@ from masm_jax.arguments import Parser
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
-from masm_jax.files import check_output, name_fault, printable, told
+from masm_jax.files import check_output, name_fault, of_case, printable, told
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
 from masm_jax.inference.volume import FAILURES, check_task, decoding, failure, in_scan, load_run
@@ -129,8 +129,7 @@ def _predict(args):
     # Counted as they are written: of two of one name the first is, though the name is in failed.
     print(f"{written} cases in {printable(args.output)}")
     for name, reason in failed.items():
-        named = reason if reason.startswith(name) else f"{name}: {reason}"
-        print(f"failed: {printable(named)}", file=sys.stderr)
+        print(f"failed: {of_case(name, reason)}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 

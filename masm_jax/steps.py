@@ -48,7 +48,7 @@ def train_step(network):
         heads, ratios = terms
         segmentation, parts = losses.segmentation_loss(heads, batch_dice=config.loss.batch_dice)
         kept = losses.mean_ratios(ratios, free)
-        ratio = losses.ratio_loss(kept, keep_target(step))
+        ratio = losses.ratio_loss(kept, keep_target(step), free)
         loss = segmentation + config.loss.ratio_weight * ratio
         return loss, parts | {"ratio_loss": ratio}, kept
 

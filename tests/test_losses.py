@@ -282,12 +282,13 @@ def test_only_those_count_that_could_be_replaced():
     np.testing.assert_allclose(mean_ratios(ratios, free)["level1"], [0.2, 0.6, np.nan], rtol=1e-6)
 
     def loss(ratio):
-        return ratio_loss(mean_ratios({"level1": ratio}, free), 0.7)
+        return ratio_loss(mean_ratios({"level1": ratio}, free), 0.7, free)
 
     assert float(loss(ratios["level1"])) == pytest.approx((0.5**2 + 0.1**2) / 3)
     gradient = jax.grad(loss)(ratios["level1"])
     expected = [[2 * -0.5 / 3, -0.1 / 3, 0], [0, -0.1 / 3, 0]]
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+    assert jnp.isnan(loss(ratios["level1"].at[0, 0].set(jnp.nan)))  # a broken network is seen
 
 
 def test_ratio_loss_without_mixers_is_nothing():

@@ -14,14 +14,7 @@ from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.evaluation import validation
 from masm_jax.models.sizes import SIZES
 from masm_jax.state import Network, init_state
-from masm_jax.steps import (
-    deciding,
-    eval_step,
-    keep_names,
-    keep_step,
-    segment_step,
-    train_step,
-)
+from masm_jax.steps import eval_step, keep_names, keep_step, segment_step, train_step
 
 MIXED = ("aware", "concat", "concat", "concat", "concat", "shift")
 
@@ -340,15 +333,6 @@ def test_what_is_kept_of_a_modality_in_several_pairs(make_config, quick_jit):
     assert voxels.shape == (2, 16, 16, 16, 4)
     share = 1 / (1 + np.exp(-voxels.astype(float)))
     np.testing.assert_allclose(share[0, 0, 0, 0], [0.5, 1, 0, 0.5], atol=1e-6)
-
-
-@pytest.mark.parametrize("mixers", [(), ("concat",) * 5 + ("shift",)])
-def test_pairs_of_the_config_are_no_matter_where_nothing_is_paired(make_config, mixers):
-    """Training with missing modalities on any records: those of the default pairs are not there."""
-    network = Network(
-        make_config(**{"model.mixers": mixers}), modalities=("t2", "adc"), regions=REGIONS
-    )
-    assert deciding(network, jnp.ones((3, 2))) is None and keep_names(network) == []
 
 
 def test_what_is_kept_where_a_modality_is_missing(make_config, quick_jit):

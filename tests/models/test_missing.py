@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from masm_jax.state import Network
-from masm_jax.steps import deciding, drawn_modalities, segment_step
+from masm_jax.steps import deciding, drawn_modalities, keep_names, segment_step
 
 MODALITIES = ("t1", "t1ce", "t2", "flair")
 SUBSETS = [s for n in range(1, 5) for s in itertools.combinations(range(4), n)]
@@ -126,3 +126,12 @@ def test_segmenting_with_some_modalities(make_config, quick_jit):
     present = np.array([0, 1, 0, 1], np.float32)
     expected = quick_jit(network.apply)(params, x, present=jnp.tile(present, (2, 1)))[0][0]
     np.testing.assert_allclose(step(params, x, present), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixers", [(), ("concat",) * 5 + ("shift",)])
+def test_pairs_of_the_config_are_no_matter_where_nothing_is_paired(make_config, mixers):
+    """Training with missing modalities on any records: those of the default pairs are not there."""
+    network = Network(
+        make_config(**{"model.mixers": mixers}), modalities=("t2", "adc"), regions={"lesion": (1,)}
+    )
+    assert deciding(network, jnp.ones((3, 2))) is None and keep_names(network) == []
