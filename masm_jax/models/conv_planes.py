@@ -18,6 +18,7 @@ from masm_jax.models import spatial
 
 _LARGE = 32 * 32  # voxels of a plane
 _OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
+_FEW = 16 * 16  # channels in times channels out
 
 
 def shifted(x, kernel, depth, stride):
@@ -99,20 +100,20 @@ def _as_product(x, kernel):
 
 
 def _in_parts(x, kernel, depth):
-    """The neighbours along depth, and along width where that is less to move, times the kernel for
-    all places of its plane that are left; their sum.
+    """The neighbours along depth (along width too, where channels are not in fours), times the
+    kernel for all places of its plane that are left; their sum.
     """
     n, h, w, channels = x.shape
     size, out = kernel.shape[0], kernel.shape[-1]
-    beside = 1 if out <= channels else size  # of width, before the product and not after it
+    # XLA puts many pieces side by side as they are, and few of them number by number, up to thrice
+    # as slow: three planes are given to it as twelve pieces, or their nine neighbours as nine.
+    pieces = 4 if channels % 4 == 0 else 1
+    beside = 1 if pieces > 1 else size  # of width, before the product and not after it
     after = size // beside
     wide = kernel.transpose(0, 2, 3, 1, 4) if beside > 1 else kernel.transpose(0, 3, 1, 2, 4)
     wide = wide.reshape(size * beside * channels, size * after * out)
     row = w * size * x.dtype.itemsize * max(beside * channels, after * out)
     parts, rows, window = _windows(x, depth, size, 1, row)
-    # XLA puts many pieces side by side as they are, and few of them number by number, thrice as
-    # slow: three planes are given to it as nine pieces.
-    pieces = 1 if beside > 1 or channels % size else size
 
     def part(index):
         x = window(index)
@@ -143,29 +144,36 @@ def _kernel_gradient(x, dy, size, depth):
     """
     n, h, w, channels = x.shape
     out, side = dy.shape[-1], size // 2
-    starts = [(size - 1 - i, size - 1 - j) for i, j in np.ndindex(size, size)]
-    plane = h * w * size * size * out * dy.dtype.itemsize
+    # Few channels are slow to put side by side: two neighbours along width are then taken as one.
+    fold = 2 if channels * out <= _FEW and size == 3 and w % 2 == 0 else 1
+    width, across = w // fold, 2 * side // fold + 1
+    starts = list(np.ndindex(size, across))
+    plane = h * width * len(starts) * fold * out * dy.dtype.itemsize
     parts = _parts(depth, max(1, _OF_PLANES // plane))  # of a volume
     planes = depth // parts
-    volumes = spatial.with_halo(x.reshape(-1, depth, h * w, channels), side)
+    volumes = spatial.with_halo(x.reshape(-1, depth, h * width, fold * channels), side)
     if planes == 1:  # turned once, and not with every plane that is a neighbour of three
         volumes = volumes.swapaxes(2, 3)
     padded = jnp.pad(dy, ((0, 0), (side, side), (side, side), (0, 0)))
+    padded = padded.reshape(n, h + 2 * side, -1, fold * out)
 
     def product(index):
         start = (index // parts, index % parts * planes, 0, 0)
         (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
         near = lax.dynamic_slice_in_dim(padded, index * planes, planes)
-        near = jnp.concatenate([near[:, i : i + h, j : j + w] for i, j in starts], -1)
+        near = jnp.concatenate([near[:, i : i + h, j : j + width] for i, j in starts], -1)
         near = near.reshape(-1, near.shape[-1])
         if planes == 1:
-            return _sums(seen.reshape(size * channels, h * w), near)
+            return _sums(seen.reshape(-1, h * width), near)
         seen = jnp.concatenate([seen[t : t + planes] for t in range(size)], -1)
-        return _sums(seen.reshape(-1, size * channels).T, near)
+        return _sums(seen.reshape(-1, seen.shape[-1]).T, near)
 
-    total = _total(product, n // planes, (size * channels, size * size * out), like=x)
-    total = total.reshape(size, channels, size, size, out).transpose(0, 2, 3, 1, 4)
-    return total.astype(x.dtype)
+    shape = size * fold * channels, len(starts) * fold * out
+    total = _total(product, n // planes, shape, like=x)
+    total = total.reshape(size, fold, channels, size, across * fold, out)
+    # What tap (i, j) sees of x at a place is seen of dy from there at the tap turned round.
+    total = sum(total[:, place, :, :, place : place + size] for place in range(fold))
+    return jnp.flip(total, (2, 3)).transpose(0, 2, 3, 1, 4).astype(x.dtype)
 
 
 def _sums(x, y):
