@@ -1,19 +1,17 @@
 """Detail: what the half resolution of the first level has lost, given back to the first logits."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from masm_jax.models.layers import Dense, depth_to_space, space_to_depth
-from masm_jax.models.residual import ResidualBlock
+from masm_jax.models.layers import ConvNorm, Dense, depth_to_space, space_to_depth
 
 
 class Detail(nnx.Module):
     """A correction of the first logits.
 
-    Level 1 goes up to the resolution of the scans, meets them there after a residual block of
-    theirs, and a second block says what to add. The head starts at zero: at first nothing is added.
+    Level 1 goes up to the resolution of the scans and meets a convolution of them there; a second
+    one beside it says what to add. The head starts at zero: at first nothing is added.
 
     Args:
       width: channels of level 1.
@@ -25,8 +23,8 @@ class Detail(nnx.Module):
 
     def __init__(self, width, channels, stem, modalities, num_regions, *, init):
         self.up = Dense(width, stem**3 * channels, init=init, copies=stem**3)
-        self.scans = ResidualBlock(modalities, channels, init=init)
-        self.block = ResidualBlock(2 * channels, channels, init=init)
+        self.scans = ConvNorm(modalities, channels, init=init)
+        self.block = ConvNorm(channels, channels, init=init)
         self.head = Dense(channels, num_regions, init=init)
         self.head.kernel[...] = np.zeros_like(self.head.kernel[...])
         self.stem = stem
@@ -39,6 +37,6 @@ class Detail(nnx.Module):
           (B D_1, H_1, W_1, stem^3 R), as the first head has them.
         """
         depth = depth * self.stem
-        x = depth_to_space(self.up(x), self.stem)
-        x = self.block(jnp.concatenate([x, self.scans(scans, depth)], axis=-1), depth)
+        x = depth_to_space(self.up(x), self.stem) + self.scans(scans, depth)
+        x = x + self.block(x, depth)
         return space_to_depth(self.head(x), self.stem)

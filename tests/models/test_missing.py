@@ -87,8 +87,7 @@ def test_fusion_weighs_what_is_there(make_config, quick_jit):
         width = fuse["kernel"].shape[1]
         fuse["kernel"] = np.tile(np.asarray(fuse["kernel"])[:width], (4, 1))
     scans = params["decoder"]["detail"]["scans"]
-    scans["conv1"] = np.repeat(scans["conv1"][..., :1, :], 4, axis=-2)
-    scans["conv3"]["kernel"] = np.repeat(scans["conv3"]["kernel"][:1], 4, axis=0)
+    scans["kernel"] = np.repeat(scans["kernel"][..., :1, :], 4, axis=-2)
     apply = quick_jit(lambda x, present: network.apply(params, x, present=present)[0][0])
     one = jax.random.normal(jax.random.key(0), (1, 1, *(config.patch,) * 3))
     four = jnp.tile(one, (1, 4, 1, 1, 1))
