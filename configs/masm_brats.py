@@ -61,10 +61,11 @@ def get_config():
     model.aware_depth = 1  # attention blocks per Modality-Aware mixer
     model.shift_depth = 2  # blocks of the Modality-Shift mixer
     model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
-    # Channels at the resolution of the scans that correct the logits of the first level: what its
-    # half resolution loses in base and tiny (models/detail.py); 0: none. With 8 the Dice was higher
-    # on phantoms and on ten real cases, at 1.7 times the time on a CPU (docs/results.md)
-    model.detail = 0
+    # Channels at the resolution of the scans that correct the first logits: what the half
+    # resolution of level 1 loses in base and tiny (models/detail.py; the other sizes begin at full
+    # resolution and have none). 0: none, a fifth to a third faster on a CPU, less Dice
+    # (docs/results.md)
+    model.detail = 8
     model.modality_affine = False  # norms learn a scale and shift per modality
     # What is computed again on the way back instead of kept: none; blocks: norms and activations;
     # full: all but the results of a level (docs/scaling.md has bytes and time)

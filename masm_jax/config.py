@@ -91,13 +91,7 @@ def validate(config):
     check(log.overlays >= 0, "log.overlays", log.overlays, "0 or more")
     for key in ("aware_depth", "shift_depth"):
         check(model[key] >= 1, f"model.{key}", model[key], "1 or more")
-    published = model.backbone != "unet" and not tuple(model.mixers)
-    check(
-        model.detail == 0 or (model.detail > 0 and not published),
-        "model.detail",
-        model.detail,
-        f"0: {model.backbone} as published has none" if published else "0 (none) or more",
-    )
+    check(model.detail >= 0, "model.detail", model.detail, "0 (none) or more")
     for key in ("learning_rate", "clip_norm"):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
     check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")

@@ -325,13 +325,6 @@ def test_a_run_from_before_a_key_goes_on(tmp_path):
     assert changed == ["model.detail: 0 -> 8"]
 
 
-def test_a_network_as_published_has_no_detail():
-    config = masm_brats.get_config()
-    config.model.update({"backbone": "unetr", "mixers": (), "detail": 8})
-    with pytest.raises(ValueError, match="model.detail = 8: expected 0: unetr as published has"):
-        config_lib.validate(config)
-
-
 def test_a_damaged_config_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match="config.json: "):

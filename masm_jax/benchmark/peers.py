@@ -26,6 +26,7 @@ SEGRESNET = _SHAPE | {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
 _MEDNEXT = _SHAPE | {"kernel_size": 3, "deep_supervision": False}
 _PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}
+_UNET = _PLAIN | {"model.detail": 0}  # as it is written in torch too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +92,16 @@ def _unet(size):
 NETWORKS = {
     "masm_tiny": Ours("MASM, size tiny", {"model.size": "tiny"}),
     "masm_base": Ours("MASM, size base", {}),
-    "masm_base_detail": Ours("MASM, size base, model.detail=8", {"model.detail": 8}),
+    "masm_base_plain": Ours("MASM, size base, model.detail=0", {"model.detail": 0}),
     "masm_full": Ours("MASM, size full", {"model.size": "full"}),
     "masm_unetr": Ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
     "masm_swin_unetr": Ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),
     "unetr_jax": Ours("UNETR, ViT-B/16, ours", {"model.backbone": "unetr"} | _PLAIN),
     "swin_unetr_jax": Ours("SwinUNETR, 48, ours", {"model.backbone": "swin_unetr"} | _PLAIN),
     "late_base": Ours("shared encoder, no mixers, base", _CONCAT),
-    "unet_base": Ours("concatenation U-Net, base", {"model.mixers": ()}),
+    "unet_base": Ours("concatenation U-Net, base, model.detail=0", _UNET),
     "unet_base_torch": _unet("base"),
-    "unet_tiny": Ours("concatenation U-Net, tiny", {"model.size": "tiny", "model.mixers": ()}),
+    "unet_tiny": Ours("concatenation U-Net, tiny", {"model.size": "tiny"} | _UNET),
     "unet_tiny_torch": _unet("tiny"),
     "dynunet": Peer("DynUNet, nnU-Net's BraTS shape", "DynUNet", NNUNET),
     "segresnet16": Peer("SegResNet, 16 filters", "SegResNet", SEGRESNET | {"init_filters": 16}),

@@ -102,7 +102,7 @@ class MASM(nnx.Module):
             self.decoder = ResidualDecoder(widths, num_regions=num_regions, init=init)
             return
         detail = None
-        if model.detail:
+        if model.detail and size.stem > 1:
             shape = size.widths[0], model.detail, size.stem, len(modalities), num_regions
             detail = Detail(*shape, init=init)
         self.decoder = Decoder(

@@ -26,7 +26,7 @@ def full_optimisation():
 
 
 def ours(size):
-    entry = peers.Ours("", {"model.size": size, "model.mixers": ()})
+    entry = peers.Ours("", {"model.size": size, "model.mixers": (), "model.detail": 0})
     return jax_side.network(entry, patch=PATCHES[size], batch=1, dtype="float32", config=CONFIG)
 
 

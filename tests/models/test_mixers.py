@@ -194,6 +194,13 @@ def test_detail_starts_as_nothing(make_config):
     np.testing.assert_array_equal(network(x)[0][0], plain(x)[0][0])
 
 
+@pytest.mark.parametrize("size, backbone", [("full", "unet"), ("tiny", "unetr")])
+def test_what_starts_at_full_resolution_has_no_detail(size, backbone, make_config):
+    model = make_config(**{"model.size": size, "model.backbone": backbone, "model.detail": 8}).model
+    sizes = dict(patch=(32,) * 3, modalities=model.pairs[0] + model.pairs[1], num_regions=3)
+    assert MASM(model, init=Initialiser(None), **sizes).decoder.detail is None
+
+
 def test_detail_sees_every_voxel():
     detail = Detail(4, 5, 2, 2, 3, init=Initialiser(0))
     detail.head.kernel[...] = jax.random.normal(jax.random.key(0), detail.head.kernel.shape)
