@@ -37,7 +37,8 @@ def noisy(params, seed):
 def run(make_config, tmp_path_factory):
     """A run with two checkpoints of noise; the averaged weights differ from the others."""
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    config = make_config(**{"model.mixers": MIXERS, "infer.threshold": (0.02, 0.015, 0.018)})
+    rules = {"infer.threshold": (0.02, 0.015, 0.018)}
+    config = make_config(**{"model.mixers": MIXERS, "model.detail": 4} | rules)
     config_lib.save(config, workdir)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = network.init(0)
@@ -201,7 +202,8 @@ def test_the_programs_hold_the_convolutions_of_their_platforms(folder):
 
 @pytest.mark.parametrize("mixers", [(), ("shift",) * 6])
 def test_every_network_can_be_exported_for_any_batch(make_config, mixers):
-    config = make_config(**{"model.mixers": mixers, "model.dtype": "bfloat16"})
+    changes = {"model.mixers": mixers, "model.detail": 4, "model.dtype": "bfloat16"}
+    config = make_config(**changes)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     program = export.program(network, network.init(None), "tpu")
     assert str(program.in_avals[-1]) == "float32[b,4,16,16,16]"
