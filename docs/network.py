@@ -111,7 +111,8 @@ def _network(axes, size):
         118,
         66,
         f"Drawn: size “base” at a crop of {PATCH}³,\nchannels × grid per level. A stem turns\n"
-        f"{size.stem}³ voxels into channels before level 1.\n"
+        f"{size.stem}³ voxels into channels before level 1;\n"
+        "two convolutions of the scans themselves\ncorrect the first logits (not drawn).\n"
         "The mixer of every level is an entry of\nthe config: aware, shift or concat.\n"
         "The lower heads are for training only.",
         va="top",
