@@ -18,7 +18,7 @@ from masm_jax.models import spatial
 
 _LARGE = 32 * 32  # voxels of a plane
 _OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
-_FEW = 16 * 16  # channels in times channels out
+_FEW = 16 * 16  # channels in times channels out, for which two places are taken as one
 
 
 def shifted(x, kernel, depth, stride):
