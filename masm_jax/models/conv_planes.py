@@ -18,7 +18,8 @@ from masm_jax.models import spatial
 
 _LARGE = 32 * 32  # voxels of a plane
 _OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
-_FEW = 16 * 16  # channels in times channels out, for which two places are taken as one
+_NARROW = 16  # channels, in and out, for which two places are taken as one
+_FEW = 16 * 16  # channels in times channels out, for which the gradient of the kernel does so
 
 
 def shifted(x, kernel, depth, stride):
@@ -105,25 +106,41 @@ def _in_parts(x, kernel, depth):
     """
     n, h, w, channels = x.shape
     size, out = kernel.shape[0], kernel.shape[-1]
+    narrow = max(channels, out) <= _NARROW and channels % 4 == 0
+    fold = 2 if narrow and size == 3 and w % 2 == 0 else 1
+    if fold == 2:  # pairs of places, each with twice the channels, that see two pairs
+        kernel = _of_pairs(kernel)
+    across, channels, out = kernel.shape[2:]
     # XLA puts many pieces side by side as they are, and few of them number by number, up to thrice
     # as slow: three planes are given to it as twelve pieces, or their nine neighbours as nine.
     pieces = 4 if channels % 4 == 0 else 1
-    beside = 1 if pieces > 1 else size  # of width, before the product and not after it
-    after = size // beside
+    beside = 1 if pieces > 1 else across  # of width, before the product and not after it
+    after = across // beside
     wide = kernel.transpose(0, 2, 3, 1, 4) if beside > 1 else kernel.transpose(0, 3, 1, 2, 4)
     wide = wide.reshape(size * beside * channels, size * after * out)
-    row = w * size * x.dtype.itemsize * max(beside * channels, after * out)
+    row = w // fold * size * x.dtype.itemsize * max(beside * channels, after * out)
     parts, rows, window = _windows(x, depth, size, 1, row)
 
     def part(index):
         x = window(index)
-        x = x.reshape(*x.shape[:-1], pieces, channels // pieces)
+        x = x.reshape(*x.shape[:2], -1, pieces, channels // pieces)
         width = x.shape[2] - beside + 1
         seen = [x[i, :, j : j + width, c] for i, j, c in np.ndindex(size, beside, pieces)]
         y = (jnp.concatenate(seen, -1) @ wide).reshape(-1, width, size, after, out)
-        return sum(y[t : t + rows, j : j + w, t, j] for t, j in np.ndindex(size, after))
+        return sum(y[t : t + rows, j : j + w // fold, t, j] for t, j in np.ndindex(size, after))
 
-    return lax.map(part, jnp.arange(parts)).reshape(n, h, w, out)
+    return lax.map(part, jnp.arange(parts)).reshape(n, h, w, out // fold)
+
+
+def _of_pairs(kernel):
+    """(3, 3, 3, C, C_out) -> (3, 3, 2, 2 C, 2 C_out), for two places along width as one.
+
+    Of the four places that a pair sees the first one does not reach the last, nor the second the
+    first: a third more products, of longer vectors, and fewer sums after them.
+    """
+    taps = [jnp.pad(kernel, ((0, 0), (0, 0), (i, 1 - i), (0, 0), (0, 0))) for i in range(2)]
+    channels, out = kernel.shape[-2:]
+    return jnp.stack(taps, 4).reshape(3, 3, 2, 2 * channels, 2 * out)
 
 
 def _kernel_gradient(x, dy, size, depth):
@@ -154,13 +171,15 @@ def _kernel_gradient(x, dy, size, depth):
     volumes = spatial.with_halo(x.reshape(-1, depth, h * width, fold * channels), side)
     if planes == 1:  # turned once, and not with every plane that is a neighbour of three
         volumes = volumes.swapaxes(2, 3)
-    padded = jnp.pad(dy, ((0, 0), (side, side), (side, side), (0, 0)))
-    padded = padded.reshape(n, h + 2 * side, -1, fold * out)
+    padded = _padded(dy, depth, side)  # as the gradient by x has it
+    padded = padded.reshape(*padded.shape[:3], -1, fold * out)
 
     def product(index):
-        start = (index // parts, index % parts * planes, 0, 0)
+        volume, plane = index // parts, index % parts * planes
+        start = (volume, plane, 0, 0)
         (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
-        near = lax.dynamic_slice_in_dim(padded, index * planes, planes)
+        start = (volume, plane + side, 0, 0, 0)
+        (near,) = lax.dynamic_slice(padded, start, (1, planes, *padded.shape[2:]))
         near = jnp.concatenate([near[:, i : i + h, j : j + width] for i, j in starts], -1)
         near = near.reshape(-1, near.shape[-1])
         if planes == 1:
@@ -281,8 +300,7 @@ def _windows(x, depth, size, stride, row):
     """
     n, h, w, channels = x.shape
     side, planes = size // 2, depth // stride
-    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
-    volumes = jnp.pad(volumes, ((0, 0), (0, 0), (side, side), (side, side), (0, 0)))
+    volumes = _padded(x, depth, side)
     split = _parts(h // stride, max(1, _OF_ROWS // row))
     rows = h // stride // split
     shape = (1, size, stride * rows + size - stride, *volumes.shape[3:])
@@ -293,6 +311,14 @@ def _windows(x, depth, size, stride, row):
         return lax.dynamic_slice(volumes, start, shape)[0]
 
     return n // stride * split, rows, window
+
+
+def _padded(x, depth, side):
+    """(B D, H, W, C) -> (B, D + 2 side, H + 2 side, W + 2 side, C), zero past the ends."""
+    volumes, around = x.reshape(-1, depth, *x.shape[1:]), ((side, side),) * 3
+    if spatial.count() > 1:
+        volumes, around = spatial.with_halo(volumes, side), ((0, 0), *around[1:])
+    return jnp.pad(volumes, ((0, 0), *around, (0, 0)))
 
 
 def _parts(n, most):

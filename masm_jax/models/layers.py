@@ -3,6 +3,8 @@
 Modules hold float32 parameters; they compute in the dtype of their input and reduce in float32.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,21 +162,65 @@ def instance_norm(x, scale, shift, depth, eps=1e-5):
     Returns:
       (B D, H, W, C) in the dtype of ``x``.
     """
+    return _norm(x, scale, shift, depth, eps, spatial.count())
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _norm(x, scale, shift, depth, eps, devices):
+    return _norm_forward(x, scale, shift, depth, eps, devices)[0]
+
+
+def _norm_forward(x, scale, shift, depth, eps, devices):
+    anchor = x[depth // 2 :: depth, x.shape[1] // 2, x.shape[2] // 2].astype(jnp.float32)
+    anchor = _over_devices(anchor, devices)
+    centred = x.astype(jnp.float32) - _per_plane(anchor, depth)
+    mean, square = _over_devices(_means(centred, centred, depth), devices)
+    slope = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
+    mean = mean + anchor
+    gain, offset = scale * slope, shift - mean * scale * slope
+    y = x * _per_plane(gain.astype(x.dtype), depth) + _per_plane(offset.astype(x.dtype), depth)
+    return y, (x, scale, mean, slope)
+
+
+def _norm_backward(depth, eps, devices, saved, dy):
+    """With z = (x - mean) slope: dx = gain (dy - mean(dy) - z mean(z dy))."""
+    x, scale, mean, slope = saved
+    dy, centred = dy.astype(jnp.float32), x.astype(jnp.float32) - _per_plane(mean, depth)
+    means = _means(dy, centred, depth) * jnp.stack([jnp.ones_like(slope), slope])
+    of_dy, of_both = _over_devices(means, devices)
+    gain = scale * slope
+    dx = dy * _per_plane(gain, depth) - _per_plane(gain * of_dy, depth)
+    dx = dx - centred * _per_plane(gain * slope * of_both, depth)
+    dshift, dscale = means * (depth * x.shape[1] * x.shape[2])
+    if len(scale) == 1:
+        dshift, dscale = dshift.sum(0, keepdims=True), dscale.sum(0, keepdims=True)
+    return dx.astype(x.dtype), dscale, dshift
+
+
+_norm.defvjp(_norm_forward, _norm_backward)
+
+
+def _means(x, y, depth):
+    """Over the voxels, of x and of x y: (B D, H, W, C), float32 -> (2, B, C).
+
+    Planes are added up by their rows first, vectors of W C numbers: those of C, often 8, take a CPU
+    thrice as long.
+    """
     n, h, w, c = x.shape
-    batch = n // depth
+    sums = jnp.stack([x.sum(1), (x * y).sum(1)])
+    return sums.reshape(2, n // depth, depth * w, c).sum(2) / (depth * h * w)
 
-    def per_plane(values):  # (B, C) -> (B D, 1, 1, C)
-        return jnp.broadcast_to(values[:, None], (batch, depth, c)).reshape(-1, 1, 1, c)
 
-    anchor = jax.lax.stop_gradient(x[depth // 2 :: depth, h // 2, w // 2]).astype(jnp.float32)
-    anchor = spatial.mean(anchor)
-    centred = x.astype(jnp.float32) - per_plane(anchor)
-    sums = jnp.stack([centred.sum((1, 2)), (centred * centred).sum((1, 2))])
-    sums = sums.reshape(2, batch, depth, c).sum(2) / (depth * h * w)
-    mean, square = spatial.mean(sums)
-    gain = scale * jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
-    offset = shift - (mean + anchor) * gain
-    return x * per_plane(gain).astype(x.dtype) + per_plane(offset).astype(x.dtype)
+def _over_devices(means, devices):
+    """Means over a device's planes -> over those of all ``devices`` that share a volume."""
+    with spatial.shared_by(devices):  # the way back is traced when that is long forgotten
+        return spatial.mean(means) if devices > 1 else means
+
+
+def _per_plane(values, depth):
+    """(B, C) -> (B D, 1, 1, C)."""
+    batch, c = values.shape
+    return jnp.broadcast_to(values[:, None], (batch, depth, c)).reshape(-1, 1, 1, c)
 
 
 class Dense(nnx.Module):
@@ -191,8 +237,14 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(np.zeros((features_out,), np.float32)) if bias else None
 
     def __call__(self, x):
+        shape = x.shape[:-1]
+        if platform_of_trace() == "cpu":
+            # As a matrix: for gradients by the kernel, the bias and x, each in its own order of
+            # memory, a cotangent of more axes was copied three times.
+            x = x.reshape(-1, x.shape[-1])
         y = x @ self.kernel[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return y.reshape(*shape, -1)
 
 
 class LayerNorm(nnx.Module):
