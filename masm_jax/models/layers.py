@@ -236,15 +236,19 @@ class Dense(nnx.Module):
         self.kernel = nnx.Param(np.tile(kernel, (1, copies)))
         self.bias = nnx.Param(np.zeros((features_out,), np.float32)) if bias else None
 
-    def __call__(self, x):
-        shape = x.shape[:-1]
+    def __call__(self, *parts):
+        """Of what lies side by side in the channels, or in one array: (..., C) -> (..., C_out)."""
+        kernel = self.kernel[...].astype(parts[0].dtype)
         if platform_of_trace() == "cpu":
-            # As a matrix: for gradients by the kernel, the bias and x, each in its own order of
-            # memory, a cotangent of more axes was copied three times.
-            x = x.reshape(-1, x.shape[-1])
-        y = x @ self.kernel[...].astype(x.dtype)
-        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        return y.reshape(*shape, -1)
+            # As matrices, without putting them side by side: of a cotangent of more axes there were
+            # three copies, for the gradients by the kernel, by the bias and by x.
+            rows = np.cumsum([part.shape[-1] for part in parts[:-1]])
+            flat = (part.reshape(-1, part.shape[-1]) for part in parts)
+            y = sum(part @ own for part, own in zip(flat, jnp.split(kernel, rows)))
+        else:
+            y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)) @ kernel
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y.reshape(*parts[0].shape[:-1], -1)
 
 
 class LayerNorm(nnx.Module):

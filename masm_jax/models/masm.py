@@ -176,8 +176,8 @@ class MASM(nnx.Module):
                         keep[_key(level)] = kept
                 elif name == "shift":
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
-                x = together(x if present is None else _weighed(x, present), modalities)
-                skips.append((self.fuse[level](x), depth))
+                x = x if present is None else _weighed(x, present)
+                skips.append((self.fuse[level](*jnp.split(x, modalities)), depth))
         return self.decoder(skips, scans, deep, wrap), keep
 
 
