@@ -22,6 +22,7 @@ from masm_jax.data.records import Records
 from masm_jax.evaluation import metrics
 from masm_jax.inference import postprocess
 from masm_jax.models import conv_planes, layers, masking
+from masm_jax.models.conv import traced_for
 from tests.data.conftest import images, segmentation, write
 from tests.faults.runs import Network as Stub
 
@@ -272,9 +273,16 @@ def test_policy_attention_against_differences(own):
     against_differences(lambda *a: masking.policy_attention(*a, own), q, k, v, keep)
 
 
-def test_norms_against_differences():
-    """``instance_norm`` takes one voxel off, which has no gradient: the whole must have it."""
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_instance_norm_against_differences(platform, groups):
+    """It takes one voxel off, which has no gradient: the whole must have it."""
     x = jax.random.normal(jax.random.key(0), (4, 3, 4, 2)) + 5
-    scale, shift = jax.random.normal(jax.random.key(1), (2, 2, 2))
-    against_differences(functools.partial(layers.instance_norm, depth=2), x, scale, shift)
+    scale, shift = jax.random.normal(jax.random.key(1), (2, groups, 2))
+    with traced_for(platform):  # a CPU has a way back of its own
+        against_differences(functools.partial(layers.instance_norm, depth=2), x, scale, shift)
+
+
+def test_layer_norm_against_differences():
+    x = jax.random.normal(jax.random.key(0), (4, 3, 4, 2)) + 5
     against_differences(layers.LayerNorm(2), x * jnp.array([1.0, -2.0]))

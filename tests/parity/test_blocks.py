@@ -92,6 +92,17 @@ def test_instance_norm_does_not_cancel():
     np.testing.assert_allclose(y, (wide - mean) / np.sqrt(var + 1e-5), atol=5e-3)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_dense_takes_parts_side_by_side(platform):
+    dense = layers.Dense(5, 4, init=Initialiser(0))
+    dense.bias[...] = np.arange(4.0)
+    x = normal(0, 2, 3, 5)
+    expected = x @ np.asarray(dense.kernel[...]) + np.arange(4)
+    with traced_for(platform):  # a CPU does not put them so
+        np.testing.assert_allclose(dense(x[..., :2], x[..., 2:3], x[..., 3:]), expected, atol=1e-5)
+        np.testing.assert_allclose(dense(x), expected, atol=1e-5)
+
+
 def test_norm_per_modality():
     block = layers.ConvNorm(2, 3, init=Initialiser(0), groups=2)
     x = fold(normal(1, 4, 3, 4, 5, 2))  # B = 2, M = 2, modality slowest
