@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from masm_jax.models.layers import average_pool, planes, stem, volumes
+from masm_jax.models.layers import planes, stem, volumes
+from masm_jax.models.resample import average_pool
 
 
 def region_targets(label, regions, factor=1):

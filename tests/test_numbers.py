@@ -21,7 +21,7 @@ from masm_jax.data.preprocess import preprocess
 from masm_jax.data.records import Records
 from masm_jax.evaluation import metrics
 from masm_jax.inference import postprocess
-from masm_jax.models import conv_planes, layers, masking
+from masm_jax.models import conv_planes, layers, masking, resample
 from masm_jax.models.conv import traced_for
 from tests.data.conftest import images, segmentation, write
 from tests.faults.runs import Network as Stub
@@ -281,6 +281,16 @@ def test_instance_norm_against_differences(platform, groups):
     scale, shift = jax.random.normal(jax.random.key(1), (2, groups, 2))
     with traced_for(platform):  # a CPU has a way back of its own
         against_differences(functools.partial(layers.instance_norm, depth=2), x, scale, shift)
+
+
+@pytest.mark.parametrize("factor", [2, 3, 4])
+def test_upsampling_is_the_same_on_all_platforms(factor):
+    """A CPU goes from neighbour to neighbour, others multiply by a matrix per axis."""
+    x = jax.random.normal(jax.random.key(0), (6, 3, 2, 2))
+    against_differences(lambda x: resample.upsample(x, factor, 3), x)
+    y = resample.upsample(x, factor, 3)
+    with traced_for("tpu"):
+        np.testing.assert_allclose(y, resample.upsample(x, factor, 3), atol=1e-6)
 
 
 def test_layer_norm_against_differences():

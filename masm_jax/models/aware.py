@@ -12,8 +12,9 @@ from flax import nnx
 
 from masm_jax.models import spatial
 from masm_jax.models.attention import MLP, SelfAttention
-from masm_jax.models.layers import Dense, LayerNorm, upsample
+from masm_jax.models.layers import Dense, LayerNorm
 from masm_jax.models.masking import highest, sample_keep
+from masm_jax.models.resample import upsample
 from masm_jax.models.tokens import Tokens
 
 PRUNING = ("replace", "mask", "none")

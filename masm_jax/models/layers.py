@@ -98,55 +98,6 @@ def stem(x, factor):
     return y.reshape(n, h, w, factor**3)
 
 
-@jax.named_scope(RESAMPLE)
-def upsample(x, factor, depth):
-    """Trilinear upsampling by a whole factor, PyTorch's align_corners=False.
-
-    A small matrix per axis: no gather, and the rows of each sum to 1. Depth first, while the array
-    is small.
-
-    Args:
-      x: (B D, H, W, C), planes.
-      factor: f.
-      depth: D.
-
-    Returns:
-      (B f D, f H, f W, C).
-    """
-    if factor == 1:
-        return x
-    x = volumes(x, depth)
-    if spatial.count() > 1:  # the border is held at the ends of the volume, not at a cut
-        first, last = spatial.at_ends()
-        x = spatial.with_halo(x, 1)
-        x = x.at[:, 0].set(jnp.where(first, x[:, 1], x[:, 0]))
-        x = x.at[:, -1].set(jnp.where(last, x[:, -2], x[:, -1]))
-        x = _along(x, 1, factor)[:, factor:-factor]
-    else:
-        x = _along(x, 1, factor)
-    return _along(_along(planes(x), 1, factor), 2, factor)
-
-
-def _along(x, axis, factor):
-    """Linear upsampling along one axis; the border is held."""
-    size = x.shape[axis]
-    place = np.clip((np.arange(size * factor) + 0.5) / factor - 0.5, 0, size - 1)
-    matrix = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
-    return jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), (axis, 1)), -1, axis)
-
-
-def average_pool(x, factor):
-    """Mean over cells of factor^3 voxels, summed in float32: (f N, f H, f W, C) -> (N, H, W, C)."""
-    if factor == 1:
-        return x
-    n, h, w, c = x.shape
-    # One axis after the other, depth last: a TPU has it in the lanes, and by then there is little.
-    rows = x.reshape(n, h, w // factor, factor, c).sum(3, dtype=jnp.float32)
-    rows = rows.reshape(n, h // factor, factor, w // factor, c).sum(2)
-    cells = rows.reshape(n // factor, factor, h // factor, w // factor, c).sum(1)
-    return (cells / factor**3).astype(x.dtype)
-
-
 def instance_norm(x, scale, shift, depth, eps=1e-5):
     """Instance norm over the voxels, statistics in float32, applied as one scale and one shift.
 

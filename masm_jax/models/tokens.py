@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from masm_jax.models import spatial
-from masm_jax.models.layers import Dense, average_pool, planes, upsample
+from masm_jax.models.layers import Dense, planes
+from masm_jax.models.resample import average_pool, upsample
 
 
 class Tokens(nnx.Module):

@@ -10,7 +10,7 @@ import pytest
 from masm_jax import sharding
 from masm_jax.benchmark import counting
 from masm_jax.models import conv as conv_lib
-from masm_jax.models import layers, spatial
+from masm_jax.models import layers, resample, spatial
 
 
 def shape(*sizes):
@@ -121,7 +121,7 @@ def test_the_kernels_gradient_of_few_channels_costs_a_third_more_on_a_cpu():
 
 
 def test_moving_voxels_is_counted_apart():
-    counts = counting.macs(lambda x: layers.upsample(x, 2, 4), shape(4, 4, 4, 3))
+    counts = counting.macs(lambda x: resample.upsample(x, 2, 4), shape(4, 4, 4, 3))
     by_hand = 4**3 * 3 * 8 + 8 * 4 * 4 * 3 * 8 + 8 * 8 * 4 * 3 * 8  # a 4 x 8 matrix, axis by axis
     assert counts == {"resample": by_hand}
     back = jax.grad(lambda x: (layers.stem(x, 2) ** 2).sum())

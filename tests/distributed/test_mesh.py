@@ -12,7 +12,7 @@ from flax import nnx
 
 from masm_jax import sharding
 from masm_jax.models import conv as conv_lib
-from masm_jax.models import layers, residual, spatial
+from masm_jax.models import layers, resample, residual, spatial
 from masm_jax.models.attention import SelfAttention
 from masm_jax.models.init import Initialiser
 from tests.test_steps import MIXED, batch, by_path, prepare
@@ -177,7 +177,7 @@ def test_upsampling_and_norm_across_the_cut(factor):
     x = jax.random.normal(jax.random.key(0), (2, 8, 3, 4, 2)) + 3
 
     def smoothed(_, x):
-        y = layers.upsample(layers.planes(x), factor, x.shape[1])
+        y = resample.upsample(layers.planes(x), factor, x.shape[1])
         return layers.volumes(y, factor * x.shape[1])
 
     def normed(scale, x):

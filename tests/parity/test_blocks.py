@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from masm_jax.models import layers
+from masm_jax.models import layers, resample
 from masm_jax.models.attention import MLP, SelfAttention
 from masm_jax.models.conv import LOWERINGS, conv, traced_for
 from masm_jax.models.init import Initialiser
@@ -154,14 +154,14 @@ def test_the_stem_is_space_to_depth_to_the_bit(factor, dtype):
 @pytest.mark.parametrize("factor", [1, 2, 4])
 def test_pooling_and_upsampling(factor):
     x = normal(0, 2, 8, 4, 12, 3)
-    pooled = unfold(layers.average_pool(fold(x), factor), 2)
+    pooled = unfold(resample.average_pool(fold(x), factor), 2)
     np.testing.assert_allclose(
         pooled, from_torch(torch.nn.functional.avg_pool3d(to_torch(x), factor)), **TOLERANCE
     )
     smooth = torch.nn.functional.interpolate(
         to_torch(x), scale_factor=factor, mode="trilinear", align_corners=False
     )
-    upsampled = layers.upsample(fold(x), factor, 8)
+    upsampled = resample.upsample(fold(x), factor, 8)
     np.testing.assert_allclose(unfold(upsampled, 2), from_torch(smooth), **TOLERANCE)
 
 
