@@ -168,23 +168,22 @@ def _kernel_gradient(x, dy, size, depth):
     plane = h * width * len(starts) * fold * out * dy.dtype.itemsize
     parts = _parts(depth, max(1, _OF_PLANES // plane))  # of a volume
     planes = depth // parts
-    volumes = spatial.with_halo(x.reshape(-1, depth, h * width, fold * channels), side)
-    if planes == 1:  # turned once, and not with every plane that is a neighbour of three
-        volumes = volumes.swapaxes(2, 3)
+    pieces = 4 if fold * channels % 4 == 0 else 1  # as in _in_parts
+    volumes = x.reshape(-1, depth, h * width, pieces, fold * channels // pieces)
+    volumes = spatial.with_halo(volumes, side)
     padded = _padded(dy, depth, side)  # as the gradient by x has it
     padded = padded.reshape(*padded.shape[:3], -1, fold * out)
 
     def product(index):
         volume, plane = index // parts, index % parts * planes
-        start = (volume, plane, 0, 0)
+        start = (volume, plane, 0, 0, 0)
         (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
         start = (volume, plane + side, 0, 0, 0)
         (near,) = lax.dynamic_slice(padded, start, (1, planes, *padded.shape[2:]))
         near = jnp.concatenate([near[:, i : i + h, j : j + width] for i, j in starts], -1)
         near = near.reshape(-1, near.shape[-1])
-        if planes == 1:
-            return _sums(seen.reshape(-1, h * width), near)
-        seen = jnp.concatenate([seen[t : t + planes] for t in range(size)], -1)
+        taps = np.ndindex(size, pieces)
+        seen = jnp.concatenate([seen[t : t + planes, :, c] for t, c in taps], -1)
         return _sums(seen.reshape(-1, seen.shape[-1]).T, near)
 
     shape = size * fold * channels, len(starts) * fold * out
