@@ -51,9 +51,8 @@ def overlaps(logits, targets, num_regions):
 
 def _voxels_summed(x, num_regions):
     """(B, D, H, W, K R) -> (B, R)."""
-    b, d = x.shape[:2]
-    rows = planes(x).sum((1, 2))
-    return rows.reshape(b, d, -1, num_regions).sum((1, 2))
+    rows = planes(x).sum(1)  # long vectors first, for a CPU
+    return rows.reshape(len(x), -1, num_regions).sum(1)
 
 
 def soft_dice(overlap, total, *, batch_dice, smooth=1e-5):
