@@ -84,7 +84,7 @@ def _dense_backward(depth, large, devices, saved, dy):
     x, kernel = saved
     turned = jnp.flip(kernel, (0, 1, 2)).swapaxes(3, 4)
     with spatial.shared_by(devices):
-        gradient = _kernel_gradient(x, dy, kernel.shape[0], depth)
+        gradient = _kernel_gradient(x, dy, kernel.shape[0], depth, large and devices == 1)
     return _dense(dy, turned, depth, large, devices), gradient
 
 
@@ -143,7 +143,7 @@ def _of_pairs(kernel):
     return jnp.stack(taps, 4).reshape(3, 3, 2, 2 * channels, 2 * out)
 
 
-def _kernel_gradient(x, dy, size, depth):
+def _kernel_gradient(x, dy, size, depth, both):
     """The gradient by the kernel, stride 1: x with its depth neighbours times the neighbours of dy
     in the plane, summed.
 
@@ -155,6 +155,7 @@ def _kernel_gradient(x, dy, size, depth):
       dy: (B D, H, W, C_out).
       size: k.
       depth: D.
+      both: dy is padded as the gradient by x pads it, so that both read one array.
 
     Returns:
       (k, k, k, C, C_out) in the dtype of ``x``, summed in float32.
@@ -171,14 +172,16 @@ def _kernel_gradient(x, dy, size, depth):
     pieces = 4 if fold * channels % 4 == 0 else 1  # as in _in_parts
     volumes = x.reshape(-1, depth, h * width, pieces, fold * channels // pieces)
     volumes = spatial.with_halo(volumes, side)
-    padded = _padded(dy, depth, side)  # as the gradient by x has it
+    before = side if both else 0  # planes that nobody reads, for the sake of having one array
+    around = ((before,) * 2, (side,) * 2, (side,) * 2)
+    padded = jnp.pad(dy.reshape(-1, depth, h, w, out), ((0, 0), *around, (0, 0)))
     padded = padded.reshape(*padded.shape[:3], -1, fold * out)
 
     def product(index):
         volume, plane = index // parts, index % parts * planes
         start = (volume, plane, 0, 0, 0)
         (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
-        start = (volume, plane + side, 0, 0, 0)
+        start = (volume, plane + before, 0, 0, 0)
         (near,) = lax.dynamic_slice(padded, start, (1, planes, *padded.shape[2:]))
         near = jnp.concatenate([near[:, i : i + h, j : j + width] for i, j in starts], -1)
         near = near.reshape(-1, near.shape[-1])

@@ -133,7 +133,8 @@ def _norm_forward(x, scale, shift, depth, eps, devices):
     slope = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
     mean = mean + anchor
     gain, offset = scale * slope, shift - mean * scale * slope
-    y = x * _per_plane(gain.astype(x.dtype), depth) + _per_plane(offset.astype(x.dtype), depth)
+    # Cast last: on the way back the planes are added up in float32.
+    y = x * _per_plane(gain, depth).astype(x.dtype) + _per_plane(offset, depth).astype(x.dtype)
     return y, (x, scale, mean, slope)
 
 
@@ -199,11 +200,14 @@ class Dense(nnx.Module):
             # three copies, for the gradients by the kernel, by the bias and by x.
             rows = np.cumsum([part.shape[-1] for part in parts[:-1]])
             flat = (part.reshape(-1, part.shape[-1]) for part in parts)
-            y = sum(part @ own for part, own in zip(flat, jnp.split(kernel, rows)))
+            y = sum(
+                jnp.matmul(part, own, preferred_element_type=jnp.float32)
+                for part, own in zip(flat, jnp.split(kernel, rows))
+            ).astype(kernel.dtype)
         else:
             y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)) @ kernel
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return y.reshape(*parts[0].shape[:-1], -1)
+        return y.reshape(*parts[0].shape[:-1], kernel.shape[-1])
 
 
 class LayerNorm(nnx.Module):

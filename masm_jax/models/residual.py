@@ -98,6 +98,5 @@ class ResidualDecoder(nnx.Module):
 
 def _norm(x, depth):
     """Instance norm without parameters."""
-    channels = x.shape[-1]
-    ones, zeros = jnp.ones((1, channels), jnp.float32), jnp.zeros((1, channels), jnp.float32)
-    return instance_norm(x, ones, zeros, depth)
+    ones = jnp.ones_like(x[:1, 0, 0], jnp.float32)  # of each device, as x is
+    return instance_norm(x, ones, jnp.zeros_like(ones), depth)
