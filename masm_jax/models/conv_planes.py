@@ -172,9 +172,8 @@ def _kernel_gradient(x, dy, size, depth, both):
     pieces = 4 if fold * channels % 4 == 0 else 1  # as in _in_parts
     volumes = x.reshape(-1, depth, h * width, pieces, fold * channels // pieces)
     volumes = spatial.with_halo(volumes, side)
-    before = side if both else 0  # planes that nobody reads, for the sake of having one array
-    around = ((before,) * 2, (side,) * 2, (side,) * 2)
-    padded = jnp.pad(dy.reshape(-1, depth, h, w, out), ((0, 0), *around, (0, 0)))
+    padded = _padded(dy, depth, side, ends=both)
+    before = side if both else 0
     padded = padded.reshape(*padded.shape[:3], -1, fold * out)
 
     def product(index):
@@ -315,11 +314,15 @@ def _windows(x, depth, size, stride, row):
     return n // stride * split, rows, window
 
 
-def _padded(x, depth, side):
-    """(B D, H, W, C) -> (B, D + 2 side, H + 2 side, W + 2 side, C), zero past the ends."""
-    volumes, around = x.reshape(-1, depth, *x.shape[1:]), ((side, side),) * 3
-    if spatial.count() > 1:
-        volumes, around = spatial.with_halo(volumes, side), ((0, 0), *around[1:])
+def _padded(x, depth, side, ends=True):
+    """(B D, H, W, C) -> (B, D + 2 side, H + 2 side, W + 2 side, C), zero past the ends.
+
+    Without ``ends`` depth stays D.
+    """
+    volumes, before = x.reshape(-1, depth, *x.shape[1:]), side if ends else 0
+    if ends and spatial.count() > 1:
+        volumes, before = spatial.with_halo(volumes, side), 0
+    around = ((before,) * 2, (side,) * 2, (side,) * 2)
     return jnp.pad(volumes, ((0, 0), *around, (0, 0)))
 
 

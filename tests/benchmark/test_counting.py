@@ -106,7 +106,7 @@ def test_a_convolution_costs_the_same_in_every_form(lowering, stride):
     assert of(jax.grad(loss, (0, 1)), *wide) == 3 * once
 
 
-def test_the_kernels_gradient_of_few_channels_costs_a_third_more_on_a_cpu():
+def test_few_channels_cost_a_third_more_on_a_cpu():
     """Two places as one: four of them are seen where three are needed. What is counted of a network
     is the form for CUDA."""
     few = shape(2 * 6, 8, 10, 3), shape(3, 3, 3, 3, 4)
@@ -117,7 +117,16 @@ def test_the_kernels_gradient_of_few_channels_costs_a_third_more_on_a_cpu():
 
     on_cpu = jax.grad(functools.partial(loss, lowering="stacked"), (0, 1))
     assert of(on_cpu, *few) == 2 * once + once * 4 // 3
-    assert of(jax.grad(loss, (0, 1)), *few) == 3 * once
+    for lowering in (None, "direct", "taps"):
+        form = functools.partial(loss, lowering=lowering)
+        assert of(form, *few) == once
+        assert of(jax.grad(form, (0, 1)), *few) == 3 * once
+
+    # On large planes forward too, and what lies past the border with it.
+    large = shape(4, 32, 34, 8), shape(3, 3, 3, 8, 16)
+    pairs = 4 * (32 + 2) * (34 // 2 + 1) * 3 * 16 * 3 * 2 * 32
+    assert of(functools.partial(conv_lib.conv, depth=2, lowering="stacked"), *large) == pairs
+    assert of(functools.partial(conv_lib.conv, depth=2), *large) == 4 * 32 * 34 * 27 * 8 * 16
 
 
 def test_moving_voxels_is_counted_apart():
