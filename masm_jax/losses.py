@@ -102,14 +102,12 @@ def segmentation_terms(logits, targets, num_regions):
       a list over heads of {"overlap", "total", "entropy"}, each (B, R) float32; the lowest of
       several heads has no weight and is left out.
     """
-    b, d, h, w, _ = targets.shape
-    cells = targets.reshape(b, d, h, w, -1, num_regions).mean(4)
-    terms = []
+    terms, wanted = [], targets
     for i, head in enumerate(logits[: max(1, len(logits) - 1)]):
         if i:
-            factor = cells.shape[1] // head.shape[1]
-            cells = volumes(average_pool(planes(cells), factor), head.shape[1])
-        wanted = cells if i else targets
+            factor = targets.shape[1] // head.shape[1]
+            targets = volumes(average_pool(planes(targets), factor), head.shape[1])
+            wanted = targets.reshape(*targets.shape[:4], -1, num_regions).mean(4)
         overlap, total = overlaps(head, wanted, num_regions)
         entropy = cross_entropy(head, wanted, num_regions)
         terms.append({"overlap": overlap, "total": total, "entropy": entropy})

@@ -17,7 +17,7 @@ def upsample(x, factor, depth):
 
     One axis after the other, depth first, while the array is small. A small matrix each, whose rows
     sum to 1: no gather. On a CPU, which would turn the array for every product, from neighbour to
-    neighbour, and by the matrices on the way back.
+    neighbour, and by the matrices, depth first, on the way back.
 
     Args:
       x: (B D, H, W, C), planes.
@@ -49,10 +49,14 @@ def _by_matrices(x, factor, depth):
 
 def _along(x, axis, factor):
     """Linear upsampling along one axis; the border is held."""
-    size = x.shape[axis]
+    matrix = jnp.asarray(_matrix(x.shape[axis], factor), x.dtype)
+    return jnp.moveaxis(jnp.tensordot(x, matrix, (axis, 1)), -1, axis)
+
+
+def _matrix(size, factor):
+    """(f size, size): a row for each place, with the shares of its two neighbours."""
     place = np.clip((np.arange(size * factor) + 0.5) / factor - 0.5, 0, size - 1)
-    matrix = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
-    return jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), (axis, 1)), -1, axis)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(size)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -66,11 +70,25 @@ def _interpolated_forward(x, factor, depth):
 
 
 def _interpolated_backward(factor, depth, _, dy):
-    like = dy[::factor, ::factor, ::factor]  # linear: its numbers do not matter
-    return jax.vjp(lambda x: _by_matrices(x, factor, depth), like)[1](dy)
+    """The transposed matrices, depth first: one product of what lies in a row, and nothing turned;
+    the other axes have less to do then.
+    """
+    n, h, w, channels = dy.shape
+    rows = n // factor, h // factor, w // factor
+    dx = _gathered(dy.reshape(-1, depth * factor, h * w * channels), factor)
+    dx = _gathered(dx.reshape(-1, h, w * channels), factor)
+    dx = _gathered(dx.reshape(-1, w, channels), factor)
+    return (dx.reshape(*rows, channels),)
 
 
 _interpolated.defvjp(_interpolated_forward, _interpolated_backward)
+
+
+def _gathered(dy, factor):
+    """(B, f size, C) -> (B, size, C): the way back of ``_along``."""
+    batch, size, _ = dy.shape
+    matrix = jnp.asarray(_matrix(size // factor, factor).T, dy.dtype)
+    return jnp.matmul(jnp.broadcast_to(matrix, (batch, *matrix.shape)), dy)
 
 
 def _between(x, axis, factor):

@@ -92,15 +92,22 @@ def test_instance_norm_does_not_cancel():
     np.testing.assert_allclose(y, (wide - mean) / np.sqrt(var + 1e-5), atol=5e-3)
 
 
+@pytest.mark.parametrize("rows, outputs", [(3, 4), (6, 3), (6, 9)])  # 12 by 3: four rows as one
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_dense_takes_parts_side_by_side(platform):
-    dense = layers.Dense(5, 4, init=Initialiser(0))
-    dense.bias[...] = np.arange(4.0)
-    x = normal(0, 2, 3, 5)
-    expected = x @ np.asarray(dense.kernel[...]) + np.arange(4)
+def test_dense_takes_parts_side_by_side(platform, rows, outputs):
+    dense = layers.Dense(5, outputs, init=Initialiser(0))
+    dense.bias[...] = np.arange(float(outputs))
+    x, dy = normal(0, 2, rows, 5), normal(1, 2, rows, outputs)
+    kernel = np.asarray(dense.kernel[...])
+    expected = x @ kernel + np.arange(outputs)
     with traced_for(platform):  # a CPU does not put them so
         np.testing.assert_allclose(dense(x[..., :2], x[..., 2:3], x[..., 3:]), expected, atol=1e-5)
-        np.testing.assert_allclose(dense(x), expected, atol=1e-5)
+        y, back = jax.vjp(dense, x)
+        _, by_kernel = jax.vjp(lambda kernel: layers.product(x.reshape(-1, 5), kernel), kernel)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(back(dy)[0], dy @ kernel.T, atol=1e-5)
+    dy = dy.reshape(-1, outputs)
+    np.testing.assert_allclose(by_kernel(dy)[0], x.reshape(-1, 5).T @ dy, atol=1e-5)
 
 
 def test_norm_per_modality():
