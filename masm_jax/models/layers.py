@@ -182,8 +182,9 @@ def _per_plane(values, depth):
 def product(x, kernel):
     """(N, C) @ (C, C_out), summed in float32.
 
-    A CPU takes long for a product over three numbers, which a layer with three outputs has on its
-    way back: four rows are taken as one there.
+    For a CPU, which takes long for a product over three numbers, as a layer with three outputs has
+    on its way back: four rows are taken as one then. A row that is not finite spoils the other
+    three (docs/performance.md).
     """
     fold = 4 if kernel.shape[-1] < 8 and isinstance(x.shape[0], int) and x.shape[0] % 4 == 0 else 1
     kernel = jnp.kron(jnp.eye(fold, dtype=kernel.dtype), kernel) if fold > 1 else kernel
@@ -212,9 +213,8 @@ class Dense(nnx.Module):
             # three copies, for the gradients by the kernel, by the bias and by x.
             rows = np.cumsum([part.shape[-1] for part in parts[:-1]])
             flat = (part.reshape(-1, part.shape[-1]) for part in parts)
-            y = sum(product(part, own) for part, own in zip(flat, jnp.split(kernel, rows))).astype(
-                kernel.dtype
-            )
+            y = sum(product(part, own) for part, own in zip(flat, jnp.split(kernel, rows)))
+            y = y.astype(kernel.dtype)
         else:
             y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)) @ kernel
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -74,11 +74,10 @@ def _interpolated_backward(factor, depth, _, dy):
     the other axes have less to do then.
     """
     n, h, w, channels = dy.shape
-    rows = n // factor, h // factor, w // factor
     dx = _gathered(dy.reshape(-1, depth * factor, h * w * channels), factor)
     dx = _gathered(dx.reshape(-1, h, w * channels), factor)
     dx = _gathered(dx.reshape(-1, w, channels), factor)
-    return (dx.reshape(*rows, channels),)
+    return (dx.reshape(n // factor, h // factor, w // factor, channels),)
 
 
 _interpolated.defvjp(_interpolated_forward, _interpolated_backward)
