@@ -183,8 +183,8 @@ def product(x, kernel):
     """(N, C) @ (C, C_out), summed in float32.
 
     For a CPU, which takes long for a product over three numbers, as a layer with three outputs has
-    on its way back: four rows are taken as one then. A row that is not finite spoils the other
-    three (docs/performance.md).
+    on its way back: four rows are taken as one then (docs/performance.md). A row that is not
+    finite spoils the other three.
     """
     fold = 4 if kernel.shape[-1] < 8 and isinstance(x.shape[0], int) and x.shape[0] % 4 == 0 else 1
     kernel = jnp.kron(jnp.eye(fold, dtype=kernel.dtype), kernel) if fold > 1 else kernel
