@@ -76,6 +76,8 @@ def train(config, workdir, roll):
         ", ".join(network.regions),
     )
     log.info(plan.line())
+    if plan.warning() is not None:
+        log.warning(plan.warning())
     if _DRY_RUN.value:
         if first:
             print(plan.text())

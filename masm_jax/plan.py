@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from masm_jax import sharding
+from masm_jax.models.masm import constant_levels, divisor
 from masm_jax.state import abstract_state, num_parameters
 from masm_jax.steps import train_step
 
@@ -33,6 +34,21 @@ class Plan:
             f"{parameters:.2f} M parameters in {self.config.model.dtype}; {self.mesh.devices.size} "
             f"{jax.default_backend()} device(s), {shape['data']} data x {shape['spatial']} spatial"
             + (f", on {count} processes" if count > 1 else "")
+        )
+
+    def warning(self):
+        """What the run would do to no purpose, in a line; None: nothing was found."""
+        model, patch = self.config.model, self.network.patch
+        levels = constant_levels(model, patch)
+        if not levels:
+            return None
+        needed = divisor(model)
+        while constant_levels(model, needed):
+            needed += divisor(model)
+        return (
+            f"config.patch = {self.config.patch} leaves one voxel at level(s) "
+            f"{', '.join(map(str, levels))} of model.size={model.size!r}: an instance norm makes a "
+            f"constant of it and they learn nothing; expected {needed} or more, or a smaller size"
         )
 
     def text(self):

@@ -210,5 +210,17 @@ def divisor(model):
     return needed
 
 
+def constant_levels(model, patch):
+    """Levels, counted from 1, of which a patch has one voxel: an instance norm makes a constant of
+    it, so that their convolutions are given no gradient. UNETR and Swin UNETR: none are looked for.
+    """
+    size, stride, found = size_of(model), size_of(model).stem, []
+    for level, step in enumerate(size.strides, 1):
+        stride *= step
+        if model.backbone == "unet" and max(edges(patch)) <= stride:
+            found.append(level)
+    return found
+
+
 def _key(level):
     return f"level{level + 1}"
