@@ -46,7 +46,11 @@ def convolved(x, kernel, stride):
 def stacked(x, kernel, depth, stride):
     """The 3-D convolution (arguments and result as of ``conv.conv``), as fast as a CPU can."""
     exported = not isinstance(x.shape[0], int)  # for any number of tiles at once (export.py)
-    large = x.shape[1] * x.shape[2] >= _LARGE and not exported
+    plane = x.shape[1] * x.shape[2]
+    few = not exported and x.shape[0] * plane // stride**3 <= kernel.shape[-1]
+    if few or plane <= kernel.shape[0] ** 2:
+        return _as_product(x, kernel, depth, stride)
+    large = plane >= _LARGE and not exported
     if stride == 1:
         return _dense(x, kernel, depth, large, spatial.count())
     halves = not any(size % 2 for size in (depth, *x.shape[1:3]))
@@ -62,6 +66,22 @@ def _beside(x, kernel, depth, stride=1):
     return beside, jnp.moveaxis(kernel, 0, 2).reshape(size, size, -1, kernel.shape[-1])
 
 
+def _as_product(x, kernel, depth, stride):
+    """All that the kernel sees of a voxel beside each other, times the kernel as it is.
+
+    Where there are fewer voxels than channels the kernel is what is large: turned round for the way
+    back, or its gradient put in order, took longer than the products. And on planes of 2 x 2 XLA's
+    own convolution is 25 times slower.
+    """
+    size, side = kernel.shape[0], kernel.shape[0] // 2
+    h, w = x.shape[1:3]
+    around = ((0, 0), (side, side), (side, side), (0, 0))
+    taps = [jnp.pad(tap, around) for tap in shifted(x, kernel, depth, stride)]
+    places = np.ndindex(size, size, size)
+    seen = [taps[t][:, i : i + h : stride, j : j + w : stride] for t, i, j in places]
+    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
 # ---------------------------------------------------------------- stride 1
 
 
@@ -70,10 +90,7 @@ def _dense(x, kernel, depth, large, devices):
     with spatial.shared_by(devices):  # the way back is traced when that is long forgotten
         if large:
             return _in_parts(x, kernel, depth)
-        x, kernel = _beside(x, kernel, depth)
-    if x.shape[1] * x.shape[2] <= kernel.shape[0] ** 2:
-        return _as_product(x, kernel)
-    return convolved(x, kernel, 1)
+        return convolved(*_beside(x, kernel, depth), 1)
 
 
 def _dense_forward(x, kernel, depth, large, devices):
@@ -89,15 +106,6 @@ def _dense_backward(depth, large, devices, saved, dy):
 
 
 _dense.defvjp(_dense_forward, _dense_backward)
-
-
-def _as_product(x, kernel):
-    """``convolved`` as one matrix product: for planes of 2 x 2 XLA's is 25 times slower."""
-    n, h, w, _ = x.shape
-    size, side = kernel.shape[0], kernel.shape[0] // 2
-    x = jnp.pad(x, ((0, 0), (side, side), (side, side), (0, 0)))
-    seen = [x[:, i : i + h, j : j + w] for i, j in np.ndindex(size, size)]
-    return jnp.concatenate(seen, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 def _in_parts(x, kernel, depth):

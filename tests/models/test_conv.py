@@ -51,6 +51,9 @@ def test_the_order_of_memory_changes_no_number():
         (4, (80, 72), 48, 3, 1),  # a plane in two parts
         (4, (2, 2), 5, 6, 1),  # as one matrix product
         (4, (1, 3), 5, 6, 1),
+        (4, (4, 5), 12, 96, 1),  # fewer voxels than channels: as one product too
+        (8, (8, 6), 12, 64, 2),
+        (6, (7, 6), 12, 80, 2),
         (8, (8, 6), 3, 4, 2),
         (8, (32, 34), 3, 4, 2),  # part by part
         (4, (160, 96), 32, 3, 2),  # a plane in two parts
