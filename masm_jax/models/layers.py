@@ -268,3 +268,23 @@ class ConvNorm(nnx.Module):
     def _each(self, affine, batch):
         """(groups, C) -> (B, C); of the folded batch a modality is a block."""
         return jnp.repeat(affine[...], batch // len(affine[...]), axis=0)
+
+
+class Fuse(Dense):
+    """What lies side by side in the channels, together: dense, instance norm, leaky ReLU.
+
+    Without the norm the result grows as training goes on, since a norm later on hides how large it
+    is from the loss, and drowns what comes from below in the decoder (docs/results.md).
+    """
+
+    def __init__(self, features_in, features_out, *, init):
+        gain = 2 / (1 + LEAKY_SLOPE**2)
+        super().__init__(features_in, features_out, init=init, gain=gain, bias=False)
+        self.scale = nnx.Param(np.ones((1, features_out), np.float32))
+        self.shift = nnx.Param(np.zeros((1, features_out), np.float32))
+
+    def __call__(self, *parts, depth):
+        """Planes (B D, H, W, C) each -> (B D, H, W, C_out)."""
+        x = super().__call__(*parts)
+        x = instance_norm(x, self.scale[...], self.shift[...], depth)
+        return jax.nn.leaky_relu(x, LEAKY_SLOPE)

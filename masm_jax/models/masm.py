@@ -24,7 +24,7 @@ from masm_jax.models.conv import CONV
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.detail import Detail
 from masm_jax.models.encoder import Encoder
-from masm_jax.models.layers import Dense, depth_to_space, planes, stem, volumes
+from masm_jax.models.layers import Fuse, depth_to_space, planes, stem, volumes
 from masm_jax.models.residual import ResidualDecoder
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.sizes import size_of
@@ -95,7 +95,7 @@ class MASM(nnx.Module):
                     extras=tuple(model.shift_extras),
                     **shared,
                 )
-            fuse.append(Dense(folded * size.widths[level], size.widths[level], init=init))
+            fuse.append(Fuse(folded * size.widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
         if model.backbone != "unet" and not self.mixer_names:  # UNETR, Swin UNETR as published
             widths = self.encoder.widths
@@ -177,7 +177,8 @@ class MASM(nnx.Module):
                 elif name == "shift":
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
                 x = x if present is None else _weighed(x, present)
-                skips.append((self.fuse[level](*jnp.split(x, modalities)), depth))
+                x = self.fuse[level](*jnp.split(x, modalities), depth=depth)
+                skips.append((x, depth))
         return self.decoder(skips, scans, deep, wrap), keep
 
 

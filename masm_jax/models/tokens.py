@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from masm_jax.models import spatial
-from masm_jax.models.layers import Dense, planes
+from masm_jax.models.layers import Dense, LayerNorm, planes
 from masm_jax.models.resample import average_pool, upsample
 
 
@@ -21,6 +21,7 @@ class Tokens(nnx.Module):
         self.cells = 2 if patch > 1 else 1
         self.patch, self.grid = patch, tuple(grid)
         self.embed = Dense(self.cells**3 * channels, width, init=init)
+        self.norm = LayerNorm(width)
         self.restore = Dense(width, self.cells**3 * 2 * channels, init=init, gain=0.0)
         self.position = nnx.Param(init.normal((*self.grid, width), 0.02))
         self.modality = nnx.Param(init.normal((modalities, width), 0.02))
@@ -47,7 +48,7 @@ class Tokens(nnx.Module):
 
     def cells_of(self, tokens):
         """(B, M, d, h, w, width) -> gate and shift of every cell, (B, M, n d, n h, n w, 2 C)."""
-        y = self.restore(tokens)
+        y = self.restore(self.norm(tokens))
         b, m, d, h, w, c = y.shape
         n = self.cells
         y = y.reshape(b, m, d, h, w, n, n, n, c // n**3).transpose(0, 1, 2, 5, 3, 6, 4, 7, 8)

@@ -11,7 +11,7 @@ from masm_jax.models.aware import AwareMixer, exchanged
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.detail import Detail
 from masm_jax.models.init import Initialiser
-from masm_jax.models.layers import depth_to_space, planes, volumes
+from masm_jax.models.layers import Fuse, depth_to_space, planes, volumes
 from masm_jax.models.masm import MASM, together
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.tokens import Tokens
@@ -131,7 +131,8 @@ def test_an_example_is_mixed_the_same_whatever_batch_it_is_in():
 
 def test_pairs_do_not_see_each_other():
     mixer = aware(keep_bias=20.0)
-    mixer.tokens.restore.kernel[...] = jnp.ones_like(mixer.tokens.restore.kernel[...])
+    kernel = mixer.tokens.restore.kernel
+    kernel[...] = jax.random.normal(jax.random.key(2), kernel.shape)
     x = jax.random.normal(jax.random.key(0), SHAPE)
     changed = x.at[:, 1].add(1.0)
     difference = np.abs(np.asarray(mix(mixer, changed)[0] - mix(mixer, x)[0]))
@@ -150,6 +151,31 @@ def test_the_shift_lets_every_modality_see_every_other():
     changed = x.at[:, 2, :4, :4, :4].add(1.0)  # one patch of one modality
     difference = np.abs(np.asarray(mix(mixer, changed) - mix(mixer, x)))
     assert (difference.max((0, 2, 3, 4, 5)) > 0).all()
+
+
+def test_what_mixers_write_is_bounded_however_large_their_tokens_grow():
+    tokens = Tokens(3, 8, 4, GRID, 2, init=Initialiser(0))
+    tokens.restore.kernel[...] = jax.random.normal(jax.random.key(1), tokens.restore.kernel.shape)
+    x = jax.random.normal(jax.random.key(0), (1, 2, *GRID, 8))
+    np.testing.assert_allclose(
+        tokens.cells_of(1000 * x), tokens.cells_of(x), rtol=1e-3, atol=1e-3
+    )  # fmt: skip
+
+
+def test_a_skip_is_as_large_whatever_was_fused():
+    """By hand: product, (x - mean) / std over the voxels of a volume, leaky ReLU."""
+    depth, fuse = 4, Fuse(6, 5, init=Initialiser(0))
+    parts = [
+        np.random.default_rng(i).normal(i, 1 + 9 * i, (2 * depth, 6, 3, 3)).astype(np.float32)
+        for i in range(2)
+    ]
+    y = np.concatenate(parts, -1).astype(np.float64) @ np.asarray(fuse.kernel[...], np.float64)
+    y = y.reshape(2, depth, 6, 3, 5)
+    y = (y - y.mean((1, 2, 3), keepdims=True)) / y.std((1, 2, 3), keepdims=True)
+    wanted = np.where(y > 0, y, 0.01 * y).reshape(2 * depth, 6, 3, 5)
+    for factor in (1.0, 1000.0):
+        found = fuse(*(factor * part for part in parts), depth=depth)
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
