@@ -29,7 +29,8 @@ def test_what_is_switched_off_is_that_and_nothing_else(segmenter):
     params = jax.tree.map(np.asarray, segmenter.params)
     masks, skips = diagnose.without_masks(params), diagnose.without_skips(params)
     assert list(masks) == ["level1"] and list(skips) == [f"level{i}" for i in range(1, 7)]
-    for changed, count in [(masks["level1"], 1), (skips["level3"], 1)]:  # biases start at zero
+    # A bias; kernel and scale, the shift starts at zero.
+    for changed, count in [(masks["level1"], 1), (skips["level3"], 2)]:
         paths = jax.tree.leaves(
             jax.tree.map(lambda a, b: not np.array_equal(a, b), params, changed)
         )

@@ -130,7 +130,10 @@ def _norm_forward(x, scale, shift, depth, eps, devices):
     anchor = _over_devices(jax.lax.stop_gradient(anchor), devices)
     centred = x.astype(jnp.float32) - _per_plane(anchor, depth)
     mean, square = _over_devices(_means(centred, centred, depth), devices)
-    slope = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0) + eps)
+    variance = jnp.maximum(square - mean * mean, 0)
+    # A constant channel comes out as its shift and hands nothing back: of a crop of air, while
+    # shifts are 0 still, each norm of the chain made gradients 316 times as large, until infinite.
+    slope = jnp.where(variance > 0, jax.lax.rsqrt(variance + eps), 0)
     mean = mean + anchor
     gain, offset = scale * slope, shift - mean * scale * slope
     # Cast last: on the way back the planes are added up in float32.
