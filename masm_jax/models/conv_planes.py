@@ -18,8 +18,9 @@ from masm_jax.models import spatial
 
 _LARGE = 32 * 32  # voxels of a plane
 _OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
+_OF_BLOCK, _PLACES = 2**19, 256  # or less, where such parts, of so many places at least,
+_AT_ONCE, _MANY = 8, 512  # are many enough to be worth the compilation of eight at once
 _NARROW = 16  # channels, in and out, for which two places are taken as one
-_FEW = 16 * 16  # channels in times channels out, for which the gradient of the kernel does so
 
 
 def shifted(x, kernel, depth, stride):
@@ -168,40 +169,43 @@ def _kernel_gradient(x, dy, size, depth, both):
     Returns:
       (k, k, k, C, C_out) in the dtype of ``x``, summed in float32.
     """
-    n, h, w, channels = x.shape
+    _, h, w, channels = x.shape
     out, side = dy.shape[-1], size // 2
-    # Few channels are slow to put side by side: two neighbours along width are then taken as one.
-    fold = 2 if channels * out <= _FEW and size == 3 and w % 2 == 0 else 1
-    width, across = w // fold, 2 * side // fold + 1
-    starts = list(np.ndindex(size, across))
-    plane = h * width * len(starts) * fold * out * dy.dtype.itemsize
-    parts = _parts(depth, max(1, _OF_PLANES // plane))  # of a volume
-    planes = depth // parts
-    pieces = 4 if fold * channels % 4 == 0 else 1  # as in _in_parts
-    volumes = x.reshape(-1, depth, h * width, pieces, fold * channels // pieces)
-    volumes = spatial.with_halo(volumes, side)
-    padded = _padded(dy, depth, side, ends=both)
-    before = side if both else 0
-    padded = padded.reshape(*padded.shape[:3], -1, fold * out)
+    place = size**2 * out * dy.dtype.itemsize  # bytes of its neighbours
+    planes, rows, parts = _blocks(x.shape, depth, max(_OF_BLOCK // place, _PLACES))
+    at_once = _AT_ONCE if parts >= _MANY else 1
+    if at_once == 1:
+        planes, rows, parts = _blocks(x.shape, depth, _OF_PLANES // place)
+    volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
+    padded, before = _padded(dy, depth, side, ends=both), side if both else 0
+    block, split = (planes, rows, w), h // rows
 
-    def product(index):
-        volume, plane = index // parts, index % parts * planes
-        start = (volume, plane, 0, 0, 0)
-        (seen,) = lax.dynamic_slice(volumes, start, (1, planes + 2 * side, *volumes.shape[2:]))
-        start = (volume, plane + before, 0, 0, 0)
-        (near,) = lax.dynamic_slice(padded, start, (1, planes, *padded.shape[2:]))
-        near = jnp.concatenate([near[:, i : i + h, j : j + width] for i, j in starts], -1)
-        near = near.reshape(-1, near.shape[-1])
-        taps = np.ndindex(size, pieces)
-        seen = jnp.concatenate([seen[t : t + planes, :, c] for t, c in taps], -1)
-        return _sums(seen.reshape(-1, seen.shape[-1]).T, near)
+    def product(index, seen, near):
+        """The part ``index``, in the memory of its neighbours: what they are after it too."""
+        plane, row = index // split * planes, index % split * rows
+        volume, plane = plane // depth, plane % depth
+        for tap in range(size):
+            start = (volume, plane + tap, row, 0, 0)
+            (part,) = lax.dynamic_slice(volumes, start, (1, *block, channels))
+            seen = _beside_others(seen, part, tap)
+        for tap, (i, j) in enumerate(np.ndindex(size, size)):
+            start = (volume, plane + before, row + i, j, 0)
+            (part,) = lax.dynamic_slice(padded, start, (1, *block, out))
+            near = _beside_others(near, part, tap)
+        y = _sums(seen.reshape(-1, seen.shape[-1]).T, near.reshape(-1, near.shape[-1]))
+        return y, seen, near
 
-    shape = size * fold * channels, len(starts) * fold * out
-    total = _total(product, n // planes, shape, like=x)
-    total = total.reshape(size, fold, channels, size, across * fold, out)
+    shapes = (*block, size * channels), (*block, size**2 * out)
+    total = _total(product, parts, (size * channels, size**2 * out), shapes, at_once, like=x)
+    total = total.reshape(size, channels, size, size, out)
     # What tap (i, j) sees of x at a place is seen of dy from there at the tap turned round.
-    total = sum(total[:, place, :, :, place : place + size] for place in range(fold))
     return jnp.flip(total, (2, 3)).transpose(0, 2, 3, 1, 4).astype(x.dtype)
+
+
+def _beside_others(all_of_them, part, number):
+    """``part`` in its place among the channels of all, which XLA writes there without a copy."""
+    start = (0,) * (part.ndim - 1) + (number * part.shape[-1],)
+    return lax.dynamic_update_slice(all_of_them, part, start)
 
 
 def _sums(x, y):
@@ -209,13 +213,33 @@ def _sums(x, y):
     return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
-def _total(product, count, shape, like):
-    """The sum of ``product(index)``, in place: a stack of them would be read once more.
+def _total(product, parts, shape, memory=(), at_once=1, *, like):
+    """The sum over all parts, in place: a stack of them would be read once more.
 
-    It begins with 0 of ``like``: of a number that may be another one on each device.
+    Args:
+      product: index and arrays of the shapes ``memory`` -> (``shape``) and those arrays, changed.
+      parts: how many.
+      shape: of the sum, float32.
+      memory: shapes of what is taken once, for what lies side by side in a part.
+      at_once: how many parts a turn has, at most. They have nothing to do with each other, so that
+        each core works on its own: below six of them XLA (0.10.2) copies with one core alone.
+      like: an array of the dtype of ``memory``. The arrays begin with 0 of it, a number that may be
+        another one on each device.
+
+    Returns:
+      ``shape``, float32.
     """
-    zero = jnp.zeros(shape, jnp.float32) + 0 * like.reshape(-1)[0].astype(jnp.float32)
-    return lax.fori_loop(0, count, lambda index, total: total + product(index), zero)
+    turn = next(turn for turn in range(at_once, 0, -1) if parts % turn == 0)
+    zero = 0 * like.reshape(-1)[0]
+    spare = [[jnp.zeros(size, like.dtype) + zero for size in memory] for _ in range(turn)]
+
+    def step(index, carry):
+        total, spare = carry
+        done = [product(index * turn + number, *own) for number, own in enumerate(spare)]
+        return total + sum(part for part, *_ in done), [own for _, *own in done]
+
+    begin = jnp.zeros(shape, jnp.float32) + zero.astype(jnp.float32)
+    return lax.fori_loop(0, parts // turn, step, (begin, spare))[0]
 
 
 # ---------------------------------------------------------------- stride 2, kernels of 3
@@ -245,7 +269,7 @@ def _halved_backward(depth, devices, saved, dy):
 
     def product(index):
         seen = neighbours(index)
-        return _sums(seen.reshape(-1, seen.shape[-1]).T, split[index])
+        return (_sums(seen.reshape(-1, seen.shape[-1]).T, split[index]),)
 
     shape = math.prod(kernel.shape[:-1]), kernel.shape[-1]
     total = _total(product, parts, shape, like=x)
@@ -320,6 +344,23 @@ def _windows(x, depth, size, stride, row):
         return lax.dynamic_slice(volumes, start, shape)[0]
 
     return n // stride * split, rows, window
+
+
+def _blocks(shape, depth, places):
+    """Cut (B D, H, W, C) into equal blocks of some rows of a plane, or of some planes of a volume.
+
+    Args:
+      shape: (B D, H, W, C).
+      depth: D.
+      places: of a block, at most, but a row at least.
+
+    Returns:
+      Planes and rows of a block, and the number of blocks.
+    """
+    n, h, w, _ = shape
+    rows = h // _parts(h, max(1, places // w))
+    planes = depth // _parts(depth, max(1, places // (h * w))) if rows == h else 1
+    return planes, rows, n * h // (planes * rows)
 
 
 def _padded(x, depth, side, ends=True):
