@@ -117,8 +117,8 @@ def test_few_channels_cost_more_on_large_planes_of_a_cpu():
 
 @pytest.mark.parametrize("planes, parts", [(4, "one at a time"), (256, "eight at once")])
 def test_the_gradient_of_a_kernel_costs_as_much_as_the_convolution(planes, parts):
-    """In parts on a CPU. ``once`` is what the form for CUDA costs forward; that for CPUs counts what
-    lies past the border too, and the gradient by x, with as many channels, costs the same."""
+    """In parts on a CPU. ``once`` is what the form for CUDA costs forward; that for CPUs counts
+    what lies past the border too, and the gradient by x, with as many channels, the same."""
     large = shape(planes, 64, 64, 24), shape(3, 3, 3, 24, 24)
     forward = functools.partial(conv_lib.conv, depth=planes // 2, lowering="stacked")
 
