@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from masm_jax.models import spatial
+from masm_jax.models import conv_parts, spatial
 
 _LARGE = 32 * 32  # voxels of a plane
-_OF_ROWS, _OF_PLANES = 2**23, 2**22  # bytes of the neighbours of a part: about a core's cache
-_OF_BLOCK, _PLACES = 2**19, 256  # or less, where such parts, of so many places at least,
-_AT_ONCE, _MANY = 8, 512  # are many enough to be worth the compilation of eight at once
+# Of the gradient of a kernel: bytes of the neighbours of a part. Where there are many of the small
+# parts, of so many places at least, so many of them at once are worth their compilation.
+_OF_PLANES, _OF_BLOCK = 2**22, 2**19
+_PLACES, _MANY, _AT_ONCE = 256, 512, 8
 _NARROW = 16  # channels, in and out, for which two places are taken as one
 
 
@@ -128,7 +129,7 @@ def _in_parts(x, kernel, depth):
     wide = kernel.transpose(0, 2, 3, 1, 4) if beside > 1 else kernel.transpose(0, 3, 1, 2, 4)
     wide = wide.reshape(size * beside * channels, size * after * out)
     row = w // fold * size * x.dtype.itemsize * max(beside * channels, after * out)
-    parts, rows, window = _windows(x, depth, size, 1, row)
+    parts, rows, window = conv_parts.windows(x, depth, size, 1, row)
 
     def part(index):
         x = window(index)
@@ -172,12 +173,12 @@ def _kernel_gradient(x, dy, size, depth, both):
     _, h, w, channels = x.shape
     out, side = dy.shape[-1], size // 2
     place = size**2 * out * dy.dtype.itemsize  # bytes of its neighbours
-    planes, rows, parts = _blocks(x.shape, depth, max(_OF_BLOCK // place, _PLACES))
-    at_once = _AT_ONCE if parts >= _MANY else 1
+    planes, rows, parts = conv_parts.blocks(x.shape, depth, max(_OF_BLOCK // place, _PLACES))
+    at_once = _AT_ONCE if parts >= _MANY and parts % _AT_ONCE == 0 else 1
     if at_once == 1:
-        planes, rows, parts = _blocks(x.shape, depth, _OF_PLANES // place)
+        planes, rows, parts = conv_parts.blocks(x.shape, depth, _OF_PLANES // place)
     volumes = spatial.with_halo(x.reshape(-1, depth, h, w, channels), side)
-    padded, before = _padded(dy, depth, side, ends=both), side if both else 0
+    padded, before = conv_parts.padded(dy, depth, side, ends=both), side if both else 0
     block, split = (planes, rows, w), h // rows
 
     def product(index, seen, near):
@@ -187,59 +188,19 @@ def _kernel_gradient(x, dy, size, depth, both):
         for tap in range(size):
             start = (volume, plane + tap, row, 0, 0)
             (part,) = lax.dynamic_slice(volumes, start, (1, *block, channels))
-            seen = _beside_others(seen, part, tap)
+            seen = conv_parts.beside_others(seen, part, tap)
         for tap, (i, j) in enumerate(np.ndindex(size, size)):
             start = (volume, plane + before, row + i, j, 0)
             (part,) = lax.dynamic_slice(padded, start, (1, *block, out))
-            near = _beside_others(near, part, tap)
-        y = _sums(seen.reshape(-1, seen.shape[-1]).T, near.reshape(-1, near.shape[-1]))
-        return y, seen, near
+            near = conv_parts.beside_others(near, part, tap)
+        return conv_parts.over_places(seen, near), seen, near
 
-    shapes = (*block, size * channels), (*block, size**2 * out)
-    total = _total(product, parts, (size * channels, size**2 * out), shapes, at_once, like=x)
+    shape = size * channels, size**2 * out
+    memory = [(*block, each) for each in shape]
+    total = conv_parts.total(product, parts, shape, memory, at_once, like=x)
     total = total.reshape(size, channels, size, size, out)
     # What tap (i, j) sees of x at a place is seen of dy from there at the tap turned round.
     return jnp.flip(total, (2, 3)).transpose(0, 2, 3, 1, 4).astype(x.dtype)
-
-
-def _beside_others(all_of_them, part, number):
-    """``part`` in its place among the channels of all, which XLA writes there without a copy."""
-    start = (0,) * (part.ndim - 1) + (number * part.shape[-1],)
-    return lax.dynamic_update_slice(all_of_them, part, start)
-
-
-def _sums(x, y):
-    """x @ y, summed in float32."""
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-def _total(product, parts, shape, memory=(), at_once=1, *, like):
-    """The sum over all parts, in place: a stack of them would be read once more.
-
-    Args:
-      product: index and arrays of the shapes ``memory`` -> (``shape``) and those arrays, changed.
-      parts: how many.
-      shape: of the sum, float32.
-      memory: shapes of what is taken once, for what lies side by side in a part.
-      at_once: how many parts a turn has, at most. They have nothing to do with each other, so that
-        each core works on its own: below six of them XLA (0.10.2) copies with one core alone.
-      like: an array of the dtype of ``memory``. The arrays begin with 0 of it, a number that may be
-        another one on each device.
-
-    Returns:
-      ``shape``, float32.
-    """
-    turn = next(turn for turn in range(at_once, 0, -1) if parts % turn == 0)
-    zero = 0 * like.reshape(-1)[0]
-    spare = [[jnp.zeros(size, like.dtype) + zero for size in memory] for _ in range(turn)]
-
-    def step(index, carry):
-        total, spare = carry
-        done = [product(index * turn + number, *own) for number, own in enumerate(spare)]
-        return total + sum(part for part, *_ in done), [own for _, *own in done]
-
-    begin = jnp.zeros(shape, jnp.float32) + zero.astype(jnp.float32)
-    return lax.fori_loop(0, parts // turn, step, (begin, spare))[0]
 
 
 # ---------------------------------------------------------------- stride 2, kernels of 3
@@ -268,11 +229,10 @@ def _halved_backward(depth, devices, saved, dy):
     split = dy.reshape(parts, -1, dy.shape[-1])
 
     def product(index):
-        seen = neighbours(index)
-        return (_sums(seen.reshape(-1, seen.shape[-1]).T, split[index]),)
+        return (conv_parts.over_places(neighbours(index), split[index]),)
 
     shape = math.prod(kernel.shape[:-1]), kernel.shape[-1]
-    total = _total(product, parts, shape, like=x)
+    total = conv_parts.total(product, parts, shape, like=x)
     return dx, total.reshape(kernel.shape).astype(x.dtype)
 
 
@@ -283,7 +243,7 @@ def _of_every_second(x, depth):
     """Number of parts, and index -> (rows, W / 2, 27 C), all that the kernel sees."""
     _, h, w, channels = x.shape
     row = w // 2 * 27 * channels * x.dtype.itemsize
-    parts, rows, window = _windows(x, depth, 3, 2, row)
+    parts, rows, window = conv_parts.windows(x, depth, 3, 2, row)
 
     def neighbours(index):
         x = window(index)
@@ -313,68 +273,3 @@ def _to_every_second(dy, kernel, depth):
         return dx.transpose(2, 0, 3, 1, 4, 5)
 
     return lax.map(plane, jnp.arange(n)).reshape(2 * n, 2 * h, 2 * w, channels)
-
-
-# ---------------------------------------------------------------- parts
-
-
-def _windows(x, depth, size, stride, row):
-    """Cut the output of a convolution into parts, some rows of a plane each.
-
-    Args:
-      x: (B D, H, W, C).
-      depth: D.
-      size, stride: of the kernel.
-      row: bytes of the neighbours of a row of the output.
-
-    Returns:
-      The number of parts, the rows of each, and index -> what its rows see:
-      (k, stride rows + k - stride, W + k - 1, C).
-    """
-    n, h, w, channels = x.shape
-    side, planes = size // 2, depth // stride
-    volumes = _padded(x, depth, side)
-    split = _parts(h // stride, max(1, _OF_ROWS // row))
-    rows = h // stride // split
-    shape = (1, size, stride * rows + size - stride, *volumes.shape[3:])
-
-    def window(index):
-        plane, part = index // split, index % split
-        start = (plane // planes, plane % planes * stride, part * rows * stride, 0, 0)
-        return lax.dynamic_slice(volumes, start, shape)[0]
-
-    return n // stride * split, rows, window
-
-
-def _blocks(shape, depth, places):
-    """Cut (B D, H, W, C) into equal blocks of some rows of a plane, or of some planes of a volume.
-
-    Args:
-      shape: (B D, H, W, C).
-      depth: D.
-      places: of a block, at most, but a row at least.
-
-    Returns:
-      Planes and rows of a block, and the number of blocks.
-    """
-    n, h, w, _ = shape
-    rows = h // _parts(h, max(1, places // w))
-    planes = depth // _parts(depth, max(1, places // (h * w))) if rows == h else 1
-    return planes, rows, n * h // (planes * rows)
-
-
-def _padded(x, depth, side, ends=True):
-    """(B D, H, W, C) -> (B, D + 2 side, H + 2 side, W + 2 side, C), zero past the ends.
-
-    Without ``ends`` depth stays D.
-    """
-    volumes, before = x.reshape(-1, depth, *x.shape[1:]), side if ends else 0
-    if ends and spatial.count() > 1:
-        volumes, before = spatial.with_halo(volumes, side), 0
-    around = ((before,) * 2, (side,) * 2, (side,) * 2)
-    return jnp.pad(volumes, ((0, 0), *around, (0, 0)))
-
-
-def _parts(n, most):
-    """The least number of equal parts of n with at most ``most`` each."""
-    return next(parts for parts in range(-(-n // most), n + 1) if n % parts == 0)

@@ -90,20 +90,21 @@ def test_devices_count_together():
 
 @pytest.mark.parametrize("lowering", conv_lib.LOWERINGS)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_costs_the_same_in_every_form(lowering, stride):
+@pytest.mark.parametrize("channels, out", [(12, 24), (3, 4)])
+def test_a_convolution_costs_the_same_in_every_form(lowering, stride, channels, out):
     """Forward; then also backward, where each of the two gradients costs as much as it.
 
-    The channels are too many for the CPU's form to take two places as one (below).
+    The planes are too small for the CPU's form to work in parts (below).
     """
-    wide = shape(2 * 6, 8, 10, 12), shape(3, 3, 3, 12, 24)
+    arrays = shape(2 * 6, 8, 10, channels), shape(3, 3, 3, channels, out)
     forward = functools.partial(conv_lib.conv, depth=6, stride=stride, lowering=lowering)
-    once = VOXELS // stride**3 * 27 * 12 * 24
-    assert of(forward, *wide) == once
+    once = VOXELS // stride**3 * 27 * channels * out
+    assert of(forward, *arrays) == once
 
     def loss(x, kernel):
         return (forward(x, kernel) ** 2).sum()
 
-    assert of(jax.grad(loss, (0, 1)), *wide) == 3 * once
+    assert of(jax.grad(loss, (0, 1)), *arrays) == 3 * once
 
 
 def test_few_channels_cost_more_on_large_planes_of_a_cpu():
@@ -115,8 +116,8 @@ def test_few_channels_cost_more_on_large_planes_of_a_cpu():
     assert of(functools.partial(conv_lib.conv, depth=2), *large) == 4 * 32 * 34 * 27 * 8 * 16
 
 
-@pytest.mark.parametrize("planes, parts", [(4, "one at a time"), (256, "eight at once")])
-def test_the_gradient_of_a_kernel_costs_as_much_as_the_convolution(planes, parts):
+@pytest.mark.parametrize("planes", [4, 256], ids=["one-at-a-time", "eight-at-once"])
+def test_the_gradient_of_a_kernel_costs_as_much_as_the_convolution(planes):
     """In parts on a CPU. ``once`` is what the form for CUDA costs forward; that for CPUs counts
     what lies past the border too, and the gradient by x, with as many channels, the same."""
     large = shape(planes, 64, 64, 24), shape(3, 3, 3, 24, 24)

@@ -45,7 +45,7 @@ def test_the_order_of_memory_changes_no_number():
     [
         (6, (5, 7), 3, 4, 1),
         (64, (32, 32), 6, 24, 1),  # part by part; the gradient of the kernel too
-        (174, (45, 40), 2, 24, 1),  # that in 522 parts, six at once
+        (176, (45, 40), 2, 24, 1),  # that in 528 parts, eight at once
         (32, (32, 34), 24, 20, 1),  # planes as twelve pieces; too many channels to take two as one
         (4, (128, 96), 4, 8, 1),  # two places as one
         (4, (33, 35), 8, 8, 1),  # a width that is no multiple of two
