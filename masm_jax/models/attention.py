@@ -37,11 +37,11 @@ class SelfAttention(nnx.Module):
             scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
             y = jax.nn.softmax(scores).astype(x.dtype) @ v
         else:
-            own = jnp.arange(tokens)
+            first = None
             if cut and spatial.count() > 1:
-                own = own + jax.lax.axis_index(spatial.AXIS) * tokens
+                first = jax.lax.axis_index(spatial.AXIS) * tokens
                 keep = spatial.whole(keep, 1)
-            y = policy_attention(q, k, v, keep, own)
+            y = policy_attention(q, k, v, keep, first)
         return x + self.out(y.swapaxes(1, 2).reshape(batch, tokens, width))
 
 

@@ -9,6 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from masm_jax.models import spatial
 
@@ -90,54 +91,91 @@ def _itself(queries, keys, own):
 
 
 @jax.custom_vjp
-def policy_attention(q, k, v, keep, own=None):
+def policy_attention(q, k, v, keep, first=None):
     """Self-attention under a policy: ``policy_softmax(q k^T, keep) v``.
 
-    The same numbers and gradients as written out, with a leaner way back: it keeps q, k and v and
-    computes the weights again, so that no (N, N) array outlives the forward pass, and no large
-    array is transposed (1.7 times faster on CPU at N = 1024, docs/decisions.md).
+    The same numbers and gradients as written out, with a leaner way back: it keeps one (N, N)
+    array, makes another, turns neither, and holds the policy in none (docs/decisions.md).
 
     Args:
       q: (B, heads, Q, C), already scaled.
       k, v: (B, heads, K, C).
       keep: (B, K) float32 of 0 and 1.
-      own: (Q,) ints, as in ``policy_softmax``.
+      first: () int, place of the first query among the keys; None: the queries are all the keys.
 
     Returns:
       (B, heads, Q, C) in the dtype of ``v``.
     """
-    return _policy_forward(q, k, v, keep, own)[0]
+    own = None if first is None else first + jnp.arange(q.shape[2])
+    return policy_softmax(_product("bhqc,bhkc->bhqk", q, k), keep, own=own).astype(v.dtype) @ v
 
 
-def _policy_forward(q, k, v, keep, own):
-    scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
-    weights = policy_softmax(scores, keep, _EPS, own)
-    return weights.astype(v.dtype) @ v, (q, k, v, keep, own)
+# While training: a query sees the keys that are kept, and its own. A sum over what it sees is
+# therefore one over all keys with zeros for the pruned ones, and one more term where its own is
+# pruned. The zeros are put into k, v and a column that counts, and no mask into (N, N) arrays.
+def _policy_forward(q, k, v, keep, first):
+    kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
+    scores = _product("bhqc,bhkc->bhqk", q, k)
+    peak = scores.max(-1, keepdims=True)
+    weights, own_weight = jnp.exp(scores - peak).astype(v.dtype), jnp.exp(_dot(q, own_k) - peak)
+    counted = jnp.concatenate([kept * v, jnp.broadcast_to(kept, (*v.shape[:3], 1))], axis=-1)
+    sums = _product("bhqk,bhkc->bhqc", weights, counted.astype(v.dtype))
+    extra = (1 - own_kept) * own_weight
+    total = sums[..., -1:] + extra + _EPS
+    mean = v.mean(2, keepdims=True, dtype=jnp.float32)
+    y = (sums[..., :-1] + extra * own_v + _EPS * mean) / total
+    return y.astype(v.dtype), (q, k, v, keep, first, y, weights, own_weight, total)
 
 
 def _policy_backward(saved, gradient):
-    q, k, v, keep, own = saved
-    tokens, dtype = k.shape[2], v.dtype
-    scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
-    others = 1 - _itself(q.shape[2], tokens, own)
-    policy = 1 - (1 - keep[:, None, None, :]) * others
-    raw = jnp.exp(scores - scores.max(-1, keepdims=True))
-    total = (raw * policy).sum(-1, keepdims=True) + _EPS
-    weights = (raw * policy + _EPS / tokens) / total
+    q, k, v, keep, first, y, weights, own_weight, total = saved
+    kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
+    gradient = gradient.astype(jnp.float32) / total
+    inner, lean = _dot(gradient, y), gradient.astype(v.dtype)
+    # By the policy; times the policy it is by the scores.
+    d = (weights * (_product("bhqc,bhkc->bhqk", lean, v) - inner)).astype(v.dtype)
+    own_d = own_weight * (_dot(gradient, own_v) - inner)
+    extra, own_pruned = (1 - own_kept) * own_weight, (1 - own_kept) * own_d
 
-    d_weights = jnp.einsum("bhqc,bhkc->bhqk", gradient, v, preferred_element_type=jnp.float32)
-    inner = (d_weights * weights).sum(-1, keepdims=True)
-    d_policy = (d_weights - inner) / total * raw
-    d_scores = (d_policy * policy).astype(dtype)
-    d_keep = (d_policy * others).sum((1, 2))
-    # x^T y as (y^T x)^T: the small side is transposed, not the (N, N) one.
-    d_v = _transpose(_transpose(gradient) @ weights.astype(dtype))
-    d_k = _transpose(_transpose(q) @ d_scores)
-    return d_scores @ k, d_k, d_v, d_keep, None
-
-
-def _transpose(x):
-    return x.swapaxes(-1, -2)
+    d_q = _product("bhqk,bhkc->bhqc", d, (kept * k).astype(k.dtype)) + own_pruned * own_k
+    ones = jnp.ones((*q.shape[:3], 1), q.dtype)
+    by_key = _turned(jnp.concatenate([q, ones], axis=-1), d)
+    d_k = _added(kept * by_key[..., :-1], own_pruned * q, first)
+    d_v = _turned(lean, weights)
+    d_v = kept * d_v + _EPS / k.shape[2] * gradient.sum(2, keepdims=True)
+    d_v = _added(d_v, extra * gradient, first)
+    d_keep = _added(by_key[..., -1:], -own_d, first).sum((1, 3))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep, None
 
 
 policy_attention.defvjp(_policy_forward, _policy_backward)
+
+
+def _product(subscripts, x, y):
+    return jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)
+
+
+def _dot(x, y):
+    return (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)
+
+
+def _turned(x, weights):
+    """weights^T x as (x^T weights)^T, and not the other way round: x is the small one."""
+    product = _product("bhcq,bhqk->bhck", x.swapaxes(-1, -2), weights)
+    return lax.optimization_barrier(product).swapaxes(-1, -2)
+
+
+def _own(q, k, v, keep, first):
+    """Of the key that each query is itself: (B, heads, Q, C) of k and v, (B, 1, Q, 1) of keep."""
+    keep = keep[:, None, :, None]
+    if first is None:
+        return k, v, keep
+    return [lax.dynamic_slice_in_dim(x, first, q.shape[2], axis=2) for x in (k, v, keep)]
+
+
+def _added(x, own, first):
+    """x (B, heads, K, C) with what comes by the queries' own keys, (B, heads, Q, C)."""
+    if first is None:
+        return x + own
+    own = own + lax.dynamic_slice_in_dim(x, first, own.shape[2], axis=2)
+    return lax.dynamic_update_slice_in_dim(x, own, first, axis=2)

@@ -115,20 +115,29 @@ def test_policy_softmax_in_bfloat16_and_with_huge_scores_is_finite():
     assert weights.dtype == jnp.float32 and bool(jnp.isfinite(weights).all())
 
 
+@pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
+@pytest.mark.parametrize("queries", [slice(None), slice(2, 6)])
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_policy_attention_has_the_gradients_of_its_definition(share):
+def test_policy_attention_has_the_gradients_of_its_definition(share, queries, dtype, error):
+    """Of float32; also for some of the queries, as where devices share a volume."""
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(3))
     keep = (jax.random.uniform(jax.random.key(5), (2, 9)) < share).astype(jnp.float32)
+    weight, places = jax.random.normal(jax.random.key(6), v.shape), jnp.arange(9)[queries]
+    q, weight = q[:, :, queries], weight[:, :, queries]
 
     def defined(q, k, v, keep):
-        return policy_softmax(q @ k.swapaxes(-1, -2), keep) @ v
+        return policy_softmax(q @ k.swapaxes(-1, -2), keep, own=places) @ v
 
-    weight = jax.random.normal(jax.random.key(6), v.shape)
+    def ours(q, k, v, keep):
+        first = None if len(places) == 9 else places[0]
+        y = policy_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), keep, first)
+        assert y.dtype == dtype
+        return y
 
     def value_and_gradients(fn):
-        return jax.value_and_grad(lambda *a: (fn(*a) * weight).sum(), (0, 1, 2, 3))(q, k, v, keep)
+        y = fn(q, k, v, keep)
+        return y, jax.grad(lambda *a: (fn(*a) * weight).sum(), (0, 1, 2, 3))(q, k, v, keep)
 
-    for ours, theirs in zip(value_and_gradients(policy_attention), value_and_gradients(defined)):
-        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
-            atol = 1e-5 * float(jnp.abs(other).max())
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=atol)
+    for one, other in zip(*map(jax.tree.leaves, map(value_and_gradients, (ours, defined)))):
+        assert one.shape == other.shape
+        np.testing.assert_allclose(one, other, atol=error * max(1, float(jnp.abs(other).max())))
