@@ -1,4 +1,4 @@
-"""Times the lowerings of the 3-D convolution on this machine: the table in docs/results.md.
+"""Times the lowerings of the 3-D convolution on this machine: the table in docs/decisions.md.
 
     python -m scripts.conv_lowerings
 

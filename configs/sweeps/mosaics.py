@@ -5,7 +5,7 @@
 
 The number behind a name is the edge of the cell that is repeated. Levels 3 to 6 shift here: level 3
 has a grid of 4x4x4 tokens, on which cells of 1 to 4 differ; level 6 alone has 2x2x2, and adds
-little in so few steps (docs/results.md). Coarse phantoms and 300 steps: for a sense of direction,
+little in so few steps (docs/sweeps.md). Coarse phantoms and 300 steps: for a sense of direction,
 not for BraTS.
 """
 
