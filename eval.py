@@ -167,24 +167,28 @@ def evaluate(workdir, output, roll):
         with clock.stage("writing"):
             tables.write_metrics_csv(output / "metrics.csv", rows)
             tables.write_metrics_csv(output / "lesions.csv", lesions)
-        with clock.stage("report"):
-            gallery.write(
-                output,
-                workdir=workdir,
-                records=records,
-                summary=summary,
-                rows=rows,
-                lesions=lesions,
-                config=config_lib.to_dict(config),
-                kept=_kept(segmenter, records),
-                learnt=_learnt(segmenter),
-            )
+        try:
+            with clock.stage("report"):
+                gallery.write(
+                    output,
+                    workdir=workdir,
+                    records=records,
+                    summary=summary,
+                    rows=rows,
+                    lesions=lesions,
+                    config=config_lib.to_dict(config),
+                    kept=_kept(segmenter, records),
+                    learnt=_learnt(segmenter),
+                )
+        except FAILURES as error:  # the scores of hours are there and are shown
+            failed["report.html"] = failure(error)
         with replacing(output / "seconds.json") as temporary:
             seconds = {"cases": took, "together": clock.seconds, "workers": _WORKERS.value}
             temporary.write_text(json.dumps(seconds, indent=1) + "\n")
         print(tables.format_table(summary))
         print(f"compared in: {', '.join(summary['grid'])}")
-        print(f"{output}: report.html, metrics.csv, lesions.csv, summary.json, predictions/, ...")
+        written = "" if "report.html" in failed else "report.html, "
+        print(f"{output}: {written}metrics.csv, lesions.csv, summary.json, predictions/, ...")
     for case, reason in failed.items():
         print(f"failed: {of_case(case, str(reason))}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from masm_jax import predict
+from masm_jax.evaluation import gallery
 from tests.faults import judge, kills, run, runs
 from tests.faults.kinds import KINDS
 from tests.faults.runs import SPOILT
@@ -56,6 +57,21 @@ def test_a_case_that_finds_no_room_does_not_stop_the_others(
     said = capsys.readouterr()
     assert "1 cases in" in said.out and words in said.err.splitlines()[-1]
     assert (tmp_path / "out" / "Second.nii.gz").is_file()
+
+
+def test_a_report_that_cannot_be_drawn_does_not_hide_the_scores(tmp_path, monkeypatch, capsys):
+    def no_room(*_, **__):
+        raise MemoryError("Unable to allocate 3.1 GiB")
+
+    runs.make(tmp_path)
+    monkeypatch.setattr(gallery, "write", no_room)
+    assert runs.evaluate(tmp_path, tmp_path / "eval") == 3
+    said = capsys.readouterr()
+    assert "Dice" in said.out and "report.html" not in said.out
+    assert "failed: report.html: out of memory (Unable to allocate 3.1 GiB)" in said.err
+    assert (tmp_path / "eval" / "metrics.csv").is_file()
+    assert not json.loads((tmp_path / "eval" / "summary.json").read_text())["failed"]  # no case
+    assert not (tmp_path / "eval" / "report.html").exists()
 
 
 def test_of_two_cases_of_one_name_the_first_is_segmented_and_counted(tmp_path, monkeypatch, capsys):
