@@ -118,28 +118,29 @@ def _policy_forward(q, k, v, keep, first):
     scores = _product("bhqc,bhkc->bhqk", q, k)
     peak = scores.max(-1, keepdims=True)
     weights, own_weight = jnp.exp(scores - peak).astype(v.dtype), jnp.exp(_dot(q, own_k) - peak)
-    counted = jnp.concatenate([kept * v, jnp.broadcast_to(kept, (*v.shape[:3], 1))], axis=-1)
-    sums = _product("bhqk,bhkc->bhqc", weights, counted.astype(v.dtype))
+    counted = _counted(v)
+    sums = _product("bhqk,bhkc->bhqc", weights, (kept * counted).astype(v.dtype))
+    sums = sums + _EPS * counted.mean(2, keepdims=True, dtype=jnp.float32)
     extra = (1 - own_kept) * own_weight
-    total = sums[..., -1:] + extra + _EPS
-    mean = v.mean(2, keepdims=True, dtype=jnp.float32)
-    y = (sums[..., :-1] + extra * own_v + _EPS * mean) / total
-    return y.astype(v.dtype), (q, k, v, keep, first, y, weights, own_weight, total)
+    y = (sums[..., :-1] + extra * own_v) / (sums[..., -1:] + extra)
+    return y.astype(v.dtype), (q, k, v, keep, first, weights, own_weight, sums)
 
 
 def _policy_backward(saved, gradient):
-    q, k, v, keep, first, y, weights, own_weight, total = saved
+    q, k, v, keep, first, weights, own_weight, sums = saved
     kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
+    by_kept, count = sums[..., :-1], sums[..., -1:]
+    extra = (1 - own_kept) * own_weight
+    total = count + extra
     gradient = gradient.astype(jnp.float32) / total
-    inner, lean = _dot(gradient, y), gradient.astype(v.dtype)
-    # By the policy; times the policy it is by the scores.
+    inner, lean = _dot(gradient, by_kept + extra * own_v) / total, gradient.astype(v.dtype)
+    # By the policy; times the policy it is by the scores. For its own key what cancels is left out.
     d = (weights * (_product("bhqc,bhkc->bhqk", lean, v) - inner)).astype(v.dtype)
-    own_d = own_weight * (_dot(gradient, own_v) - inner)
-    extra, own_pruned = (1 - own_kept) * own_weight, (1 - own_kept) * own_d
+    own_d = own_weight * _dot(gradient, own_v * count - by_kept) / total
+    own_pruned = (1 - own_kept) * own_d
 
     d_q = _product("bhqk,bhkc->bhqc", d, (kept * k).astype(k.dtype)) + own_pruned * own_k
-    ones = jnp.ones((*q.shape[:3], 1), q.dtype)
-    by_key = _turned(jnp.concatenate([q, ones], axis=-1), d)
+    by_key = _turned(_counted(q), d)
     d_k = _added(kept * by_key[..., :-1], own_pruned * q, first)
     d_v = _turned(lean, weights)
     d_v = kept * d_v + _EPS / k.shape[2] * gradient.sum(2, keepdims=True)
@@ -157,6 +158,11 @@ def _product(subscripts, x, y):
 
 def _dot(x, y):
     return (x.astype(jnp.float32) * y.astype(jnp.float32)).sum(-1, keepdims=True)
+
+
+def _counted(x):
+    """With a column of ones: a product with it has the sum of the weights too."""
+    return jnp.concatenate([x, jnp.ones((*x.shape[:3], 1), x.dtype)], axis=-1)
 
 
 def _turned(x, weights):
