@@ -88,8 +88,11 @@ def compare(a, b, metrics, seed=0):
                 rows.append({"region": region, "metric": metric, **_paired(pairs, metric, seed)})
     missing = sorted(set(metrics) - {row["metric"] for row in rows})
     if missing:
-        known = sorted({key for values in a.values() for key in values})
-        raise ValueError(f"no case has {', '.join(missing)}; the table has {', '.join(known)}")
+        known = [sorted({key for values in table.values() for key in values}) for table in (a, b)]
+        raise ValueError(
+            f"no case has {', '.join(missing)} in both; the first has {', '.join(known[0])}, the "
+            f"second {', '.join(known[1])}"
+        )
     return rows
 
 
@@ -242,7 +245,10 @@ def _run(arguments):
     names, output = (arguments.run_a, arguments.run_b), pathlib.Path(arguments.output)
     check_output(output)
     a, b = (read(name) for name in names)
-    rows = compare(a, b, [name.strip() for name in arguments.metrics.split(",")])
+    metrics = [name.strip() for name in arguments.metrics.split(",") if name.strip()]
+    if not metrics:
+        raise ValueError("--metrics=: expected columns of metrics.csv, such as dice,hd95")
+    rows = compare(a, b, metrics)
     tables.write_metrics_csv(
         output / "compare.csv",
         [{"case": "all", **{k: v for k, v in row.items() if k != "differences"}} for row in rows],
@@ -254,6 +260,9 @@ def _run(arguments):
     alone = len({case for case, _ in a} ^ {case for case, _ in b})
     if alone:
         print(f"{alone} cases are in one of the two alone; left out")
+    regions = sorted({region for _, region in a} ^ {region for _, region in b})
+    if regions:
+        print(f"in one of the two alone, left out: {', '.join(regions)}")
     if max(row["n"] for row in rows) < 6:
         print("fewer than 6 cases: Wilcoxon's p cannot fall below 0.05, whatever the difference")
     print(f"{output}: compare.csv, compare.json, compare.png")

@@ -78,7 +78,11 @@ def test_the_command(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("first", "metrics", "words"),
-    [("absent", "dice", "no metrics.csv"), ("a", "dise", "no case has dise; the table has dice")],
+    [
+        ("absent", "dice", "no metrics.csv"),
+        ("a", "dise", "no case has dise in both; the first has dice, the second dice"),
+        ("a", "", "--metrics=: expected columns"),
+    ],
 )
 def test_errors_are_one_line(tmp_path, capsys, first, metrics, words):
     evaluation(tmp_path / "a", [0.5])
@@ -96,6 +100,17 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     words = [str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'file'}"]
     assert compare.main(words) == 1
     assert capsys.readouterr().err.endswith("file is a file; name a folder\n")
+
+
+def test_regions_of_one_alone_are_named(tmp_path, capsys):
+    for name, regions in (("a", ("WT", "ET")), ("b", ("WT", "TC"))):
+        (tmp_path / name).mkdir()
+        rows = [f"{case},{region},0.{case}" for case in (5, 6) for region in regions]
+        lines = "\n".join(["case,region,dice", *rows])
+        (tmp_path / name / "metrics.csv").write_text(lines + "\n")
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'out'}"]
+    assert compare.main([*words, "--metrics=dice"]) == 0
+    assert "in one of the two alone, left out: ET, TC" in capsys.readouterr().out
 
 
 def test_no_case_in_common(tmp_path):

@@ -26,14 +26,17 @@ import time
 
 import jax
 
-from masm_jax import runtime
+from masm_jax import config as config_lib
+from masm_jax import config_file, files, runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
 from masm_jax.benchmark.study import OURS, Budget, Fold, Run, Study
 from masm_jax.commands import REPOSITORY, Stopped
 from masm_jax.data import records as records_lib
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 
-FIXED = ("seed", "total_steps", "data.records", "data.split", "model.mixers")  # not for --set
+FIXED = (  # not for --set
+    "seed", "total_steps", "stop_at_step", "data.records", "data.split", "model.mixers",
+)  # fmt: skip
 LEAST_CALIBRATION = 6  # steps: as many intervals are timed
 
 
@@ -79,8 +82,10 @@ def run(args):
     if args.calibration_steps < LEAST_CALIBRATION:
         raise ValueError(f"--calibration_steps: expected {LEAST_CALIBRATION} or more")
     output = pathlib.Path(args.output).absolute()
-    folds = _folds(args, output)
-    study = _study(args, output, folds)
+    check_output(output)
+    config = _config(args)
+    folds, cases = _folds(args, output, config)
+    study = _study(args, output, folds, cases)
     runs = [
         Run(budget, seed, network, fold)
         for budget in budgets
@@ -140,7 +145,7 @@ def _execute(study, runs, rates, failed, stop):
         try:
             study.execute(run, steps, stop)
         except RuntimeError as error:
-            failed[str(run)] = error
+            failed[f"{run.budget.words()}, {run}"] = error
             print(f"{place}: failed: {error}", flush=True)
             continue
         took.setdefault((run.budget, run.network), []).append(time.perf_counter() - began)
@@ -198,15 +203,53 @@ def _seeds(text):
     return seeds
 
 
-def _folds(args, output):
-    """The divisions of the records."""
-    cases = records_lib.Records(args.records).cases
+def _config(args):
+    """The config with what is set over it: each run would say the same error, hours apart."""
+    for text in args.set:
+        key, equals, _ = text.partition("=")
+        if not equals or key in FIXED:
+            raise ValueError(f"--set {text}: expected KEY=VALUE, and none of {', '.join(FIXED)}")
+    config = config_file.load_config(_file(args.config), args.set)
+    config_lib.validate(config)
+    config.data.records = str(args.records)
+    config_lib.validate_records(config, records_lib.Records(args.records))
+    return config
+
+
+def _file(config):
+    """Path of the config, which may lie beside the package."""
+    path = pathlib.Path(config)
+    path = path if path.is_file() else REPOSITORY / path
+    if not path.is_file():
+        raise ValueError(f"--config={config}: no such file")
+    return path.absolute()
+
+
+def _folds(args, output, config):
+    """The divisions of the records, and for each of them the cases it is scored on."""
+    records = records_lib.Records(args.records)
+    cases = records.cases
     if bool(args.test_records) == bool(args.split):
         raise ValueError(
             "expected --test_records=DIR (all of --records train), or --split=RULE, and not both"
         )
     if args.test_records:
-        return [Fold("", str(output / "split.json"))]  # written by ``_study``
+        tested = records_lib.Records(args.test_records)
+        for key in ("modalities", "regions", "spacing"):
+            ours, theirs = getattr(records, key), getattr(tested, key)
+            if ours != theirs:
+                raise ValueError(
+                    f"--test_records={args.test_records} has {key} {theirs}, --records={ours}: "
+                    f"expected records of the same task, prepared alike"
+                )
+        unlabelled = [case for case in tested.cases if tested.label(case) is None]
+        if unlabelled or not tested.cases:
+            raise ValueError(
+                f"--test_records={args.test_records}: {', '.join(unlabelled[:3]) or 'no case'} "
+                f"without segmentation; expected cases that can be scored"
+            )
+        # Written by ``_study``.
+        return [Fold("", str(output / "split.json"))], [tested.cases]
     rules = []
     for rule in args.split:
         if rule == "pairs":
@@ -219,34 +262,40 @@ def _folds(args, output):
             rules += [f"{fold}/{count}" for fold in range(count)]
         else:
             rules.append(os.path.abspath(rule) if rule.endswith(".json") else rule)
-    for rule in rules:
-        records_lib.split(cases, rule, 0)  # an error already here; the seed is of the config
+    held = [records_lib.split(cases, rule, config.data.split_seed)["val"] for rule in rules]
+    owners = {}
+    for rule, own in zip(rules, held):
+        if not own:
+            raise ValueError(f"--split={rule}: it holds out no case, and there is nothing to score")
+        for case in own:
+            if case in owners:
+                raise ValueError(
+                    f"--split={owners[case]} and --split={rule} both hold out {case}: expected "
+                    f"each case once"
+                )
+            owners[case] = rule
     if len(rules) == 1:
-        return [Fold("", rules[0])]
-    return [Fold(f"fold-{number}", rule) for number, rule in enumerate(rules)]
+        return [Fold("", rules[0])], held
+    return [Fold(f"fold-{number}", rule) for number, rule in enumerate(rules)], held
 
 
-def _study(args, output, folds):
+def _study(args, output, folds, cases):
     """The study of a folder, if what is there is of the same."""
-    for text in args.set:
-        key, equals, _ = text.partition("=")
-        if not equals or key in FIXED:
-            raise ValueError(f"--set {text}: expected KEY=VALUE, and none of {', '.join(FIXED)}")
-    config = pathlib.Path(args.config)
-    config = config if config.is_file() else REPOSITORY / config
-    if not config.is_file():
-        raise ValueError(f"--config={args.config}: no such file")
     about = {
-        "config": str(config.absolute()),
+        "config": str(_file(args.config)),
         "records": os.path.abspath(args.records),
         "test_records": os.path.abspath(args.test_records) if args.test_records else None,
         "given": sorted(args.set),
         "calibration_steps": args.calibration_steps,
     }
     file, described = output / "study.json", about | {"folds": [fold.rule for fold in folds]}
-    if file.is_file() and (old := json.loads(file.read_text())) != described:
-        changed = [f"{key}: {old.get(key)} -> {described[key]}" for key in described]
-        changed = [line for key, line in zip(described, changed) if old.get(key) != described[key]]
+    described["cases"] = cases  # seeds that are added later are paired with those that are there
+    old = files.read_json(file, "name another --output") if file.is_file() else described
+    changed = [
+        f"{key}: {old[key]} -> {value}"
+        for key, value in described.items() if key in old and old[key] != value
+    ]  # fmt: skip
+    if changed:
         raise ValueError(f"--output={output} is another study: {'; '.join(changed)}; name another")
     with replacing(file) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n")

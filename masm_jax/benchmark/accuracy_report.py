@@ -133,6 +133,11 @@ def _differences(first, found):
 def over_seeds(evaluations):
     """Dice of each case and region, and of their mean, averaged over seeds."""
     averaged = {}
+    if any(one.keys() != evaluations[0].keys() for one in evaluations):
+        raise ValueError(
+            "seeds of one network were scored on different cases, and cannot be averaged case by "
+            "case: records have changed between them; start anew with another --output"
+        )
     for key in evaluations[0]:
         averaged[key] = statistics.mean(one[key]["dice"] for one in evaluations)
     for case in dict.fromkeys(case for case, _ in averaged):

@@ -22,7 +22,7 @@ from masm_jax import runtime
 from masm_jax.arguments import some
 from masm_jax.benchmark import flops, pareto, peers, ranking
 from masm_jax.benchmark.store import Item, Store, item_of
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 
 MODES = ("infer", "train")
 TORCH_VARIANTS = ("eager", "compile", "contiguous")
@@ -57,7 +57,7 @@ def add_arguments(parser):
     )  # fmt: skip
     parser.add_argument(
         "--config", default="configs/masm_brats.py", metavar="FILE",
-        help="of our networks; size and mixers are the network's",
+        help="of our networks; encoder, size, mixers and detail are those of their names",
     )  # fmt: skip
 
 
@@ -69,7 +69,11 @@ def run(args):
     """
     chosen, todo = _checked(args)
     runtime.start(cache=False)
+    check_output(args.output)
     store = Store(pathlib.Path(args.output), {name: getattr(args, name) for name in FIXED})
+    for item in todo:
+        if reason := peers.cannot_run(chosen[item.network]):
+            store.failures[" ".join(item)] = reason
     with runtime.StopSignal() as stop:
         finished = measure_all(todo, args, store, stop)
     if not finished:

@@ -21,7 +21,7 @@ from masm_jax.benchmark import tables
 from masm_jax.benchmark.plots import COLOURS, save
 from masm_jax.benchmark.store import machine
 from masm_jax.evaluation.clock import STAGES
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 WORDS = {
@@ -51,12 +51,14 @@ def run(args):
     """
     if args.cases < 0:
         raise ValueError(f"--cases={args.cases}: expected 1 or more, or 0 for all of the split")
+    check_output(args.output)
     folder = pathlib.Path(args.output).absolute()
     words = ["eval.py", f"--workdir={pathlib.Path(args.workdir).absolute()}"]
     words += [f"--records={pathlib.Path(args.records).absolute()}", f"--split={args.split}"]
     words += [f"--cases={args.cases}", "--workers=0", f"--output={folder / 'eval'}"]
-    code = subprocess.run([sys.executable, *words], cwd=REPOSITORY).returncode
     file = folder / "eval" / "seconds.json"
+    file.unlink(missing_ok=True)  # those of a run before say nothing of this one
+    code = subprocess.run([sys.executable, *words], cwd=REPOSITORY).returncode
     if code not in (0, runtime.EXIT_SOME_FAILED) or not file.is_file():
         raise ValueError(f"eval.py ended with code {code}; what it said is above")
     found = json.loads(file.read_text())

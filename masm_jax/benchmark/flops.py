@@ -9,12 +9,12 @@ with one head. FLOP = 2 x MAC. Peers need torch, most also MONAI (`make bench-en
 """
 
 import dataclasses
-import importlib.util
 import json
+import pathlib
 import sys
 
 from masm_jax.benchmark import counting, jax_side, peers, tables
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 from masm_jax.runtime import EXIT_SOME_FAILED
 
 REASON = """\
@@ -56,7 +56,7 @@ def add_arguments(parser):
     parser.add_argument("--patch", type=int, default=128, help="edge of a patch in voxels (128)")
     parser.add_argument(
         "--config", default="configs/masm_brats.py", metavar="FILE",
-        help="of our networks; size and mixers are the network's",
+        help="of our networks; encoder, size, mixers and detail are those of their names",
     )  # fmt: skip
     parser.add_argument(
         "--by-module", action="store_true", help="also by part and level, of our networks"
@@ -71,6 +71,8 @@ def run(args):
     Raises:
       ValueError: a flag is wrong.
     """
+    if args.json:
+        check_output(pathlib.Path(args.json).parent, flag="--json")
     chosen = peers.chosen(args.networks)
     if args.patch < 1:
         raise ValueError(f"--patch={args.patch}: expected an edge in voxels")
@@ -114,8 +116,8 @@ def count_all(chosen, *, patch, config, xla=True):
 def _count(entry, *, patch, config, xla):
     if entry.framework == "jax":
         return jax_side.count(entry, patch=patch, config=config, xla=xla)
-    if importlib.util.find_spec("torch") is None:
-        raise ValueError("needs torch, which is not here; `make bench-env` makes .venv-bench")
+    if reason := peers.cannot_run(entry):
+        raise ValueError(reason)
     from masm_jax.benchmark import torch_side
 
     return torch_side.count(entry, patch=patch)

@@ -94,7 +94,7 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device, limit=None):
       limit: bytes; a program that needs more is not run, and all is compiled before the first call.
 
     Returns:
-      a function without arguments that returns when its work is done.
+      a function without arguments that returns when its work is done; of training with the loss.
 
     Raises:
       ValueError: the program needs more than ``limit``.
@@ -120,6 +120,7 @@ def prepare(ours, *, patch, batch, dtype, mode, config, device, limit=None):
         nonlocal state
         state, metrics = step(state, data, key)
         jax.block_until_ready((state, metrics))
+        return metrics["train/loss"]
 
     return train
 

@@ -7,6 +7,7 @@ not in inference. Nothing is imported before a network is built: ours needs no t
 
 import dataclasses
 import importlib
+import importlib.util
 
 from masm_jax.data import conventions
 
@@ -24,6 +25,12 @@ NNUNET = _SHAPE | {
 }
 SEGRESNET = _SHAPE | {"blocks_down": (1, 2, 2, 4), "blocks_up": (1, 1, 1)}
 _MEDNEXT = _SHAPE | {"kernel_size": 3, "deep_supervision": False}
+_MASM = {  # whatever the config has
+    "model.backbone": "unet",
+    "model.size": "base",
+    "model.mixers": ("aware",) * 5 + ("shift",),
+    "model.detail": 8,
+}
 _PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}
 _UNET = _PLAIN | {"model.detail": 0}  # as it is written in torch too
@@ -35,7 +42,7 @@ class Ours:
 
     Attributes:
       words: what it is.
-      changes: {key of the config: value}.
+      changes: {key of the config: value}; of ``NETWORKS`` all that makes the network another one.
       modalities: names, in the order of the input.
     """
 
@@ -81,6 +88,11 @@ class Peer:
         return kind(**self.arguments, **edge)
 
 
+def _ours(words, changes):
+    """What differs from MASM of size base."""
+    return Ours(words, _MASM | changes)
+
+
 def _unet(size):
     """The concatenation U-Net of ``size``, in torch."""
     own = "masm_jax.benchmark.torch_unet"
@@ -90,18 +102,18 @@ def _unet(size):
 
 
 NETWORKS = {
-    "masm_tiny": Ours("MASM, size tiny", {"model.size": "tiny"}),
-    "masm_base": Ours("MASM, size base", {}),
-    "masm_base_plain": Ours("MASM, size base, model.detail=0", {"model.detail": 0}),
-    "masm_full": Ours("MASM, size full", {"model.size": "full"}),
-    "masm_unetr": Ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
-    "masm_swin_unetr": Ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),
-    "unetr_jax": Ours("UNETR, ViT-B/16, ours", {"model.backbone": "unetr"} | _PLAIN),
-    "swin_unetr_jax": Ours("SwinUNETR, 48, ours", {"model.backbone": "swin_unetr"} | _PLAIN),
-    "late_base": Ours("shared encoder, no mixers, base", _CONCAT),
-    "unet_base": Ours("concatenation U-Net, base, model.detail=0", _UNET),
+    "masm_tiny": _ours("MASM, size tiny", {"model.size": "tiny"}),
+    "masm_base": _ours("MASM, size base", {}),
+    "masm_base_plain": _ours("MASM, size base, model.detail=0", {"model.detail": 0}),
+    "masm_full": _ours("MASM, size full", {"model.size": "full"}),
+    "masm_unetr": _ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
+    "masm_swin_unetr": _ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),
+    "unetr_jax": _ours("UNETR, ViT-B/16, ours", _PLAIN | {"model.backbone": "unetr"}),
+    "swin_unetr_jax": _ours("SwinUNETR, 48, ours", _PLAIN | {"model.backbone": "swin_unetr"}),
+    "late_base": _ours("shared encoder, no mixers, base", _CONCAT),
+    "unet_base": _ours("concatenation U-Net, base, model.detail=0", _UNET),
     "unet_base_torch": _unet("base"),
-    "unet_tiny": Ours("concatenation U-Net, tiny", {"model.size": "tiny"} | _UNET),
+    "unet_tiny": _ours("concatenation U-Net, tiny", _UNET | {"model.size": "tiny"}),
     "unet_tiny_torch": _unet("tiny"),
     "dynunet": Peer("DynUNet, nnU-Net's BraTS shape", "DynUNet", NNUNET),
     "segresnet16": Peer("SegResNet, 16 filters", "SegResNet", SEGRESNET | {"init_filters": 16}),
@@ -115,6 +127,13 @@ NETWORKS = {
 # Not of interest at full size: for trials on small patches.
 SMALL = ("unet_tiny", "unet_tiny_torch")
 REFERENCE = "dynunet"  # what times are compared with
+NO_TORCH = "needs torch, which is not here; `make bench-env` makes .venv-bench with it"
+
+
+def cannot_run(entry):
+    """Why a network cannot be built in this Python, "" where it can."""
+    lacks = entry.framework == "torch" and importlib.util.find_spec("torch") is None
+    return NO_TORCH if lacks else ""
 
 
 def chosen(names):

@@ -34,6 +34,11 @@ def add_arguments(parser):
 def run(args):
     """Exit code of the command."""
     reports = {pathlib.Path(file).stem: _read(file) for file in args.files}
+    if len(reports) < len(args.files):
+        raise ValueError(
+            f"{' '.join(args.files)}: expected files of different names, by which bars and "
+            f"pictures are named"
+        )
     folder = pathlib.Path(args.output)
     save(kinds(reports), folder / "bytes")
     save(scaling(reports), folder / "scaling")

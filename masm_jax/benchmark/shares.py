@@ -18,10 +18,12 @@ import subprocess
 import sys
 import time
 
+import jax
+
 from masm_jax import runtime
 from masm_jax.benchmark import accuracy_report, counting, jax_side, peers, tables
 from masm_jax.benchmark.store import machine
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SHARES = (1.0, 0.7, 0.5, 0.3, 0.1)
@@ -46,15 +48,15 @@ def run(args):
     Raises:
       ValueError: a flag is wrong, or eval.py has failed.
     """
-    shares = [float(word) for word in args.shares.split(",") if word]
-    if args.rounds < 1 or not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError(
-            f"--shares={args.shares} --rounds={args.rounds}: expected shares in (0, 1], 1 or more"
-        )
+    shares = _shares(args.shares)
+    if args.rounds < 1:
+        raise ValueError(f"--rounds={args.rounds}: expected 1 or more")
+    check_output(args.output)
     chosen = peers.chosen(args.networks)
     others = [name for name, entry in chosen.items() if not isinstance(entry, peers.Ours)]
     if others:
         raise ValueError(f"--networks: {', '.join(others)} has no tokens to choose; expected MASM")
+    jax.config.update("jax_platforms", "cpu")  # else the form of convolution is a GPU's
     runtime.start(cache=False)
     found = {"patch": args.patch, "rounds": args.rounds, "networks": {}, "dice": {}}
     for name, ours in chosen.items():
@@ -70,6 +72,16 @@ def run(args):
             temporary.write_text(content)
     print(text, end="")
     return 0
+
+
+def _shares(text):
+    try:
+        shares = [float(word) for word in text.split(",") if word]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError(f"--shares={text}: expected numbers in (0, 1], such as 1,0.5,0.1")
+    return shares
 
 
 def measure(ours, shares, args):

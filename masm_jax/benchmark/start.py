@@ -21,7 +21,7 @@ import time
 from masm_jax import runtime
 from masm_jax.benchmark import tables
 from masm_jax.benchmark.store import machine
-from masm_jax.files import replacing
+from masm_jax.files import check_output, replacing
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 AIM = 0.25  # of the cold time
@@ -62,6 +62,7 @@ def run(args):
     Raises:
       ValueError: a flag is wrong, or train.py refuses what it was given.
     """
+    check_output(args.output)
     if args.repeats < 1:
         raise ValueError(f"--repeats={args.repeats}: expected 1 or more")
     wrong = [text for text in args.set if "=" not in text]

@@ -6,9 +6,10 @@ import os
 import pathlib
 import platform
 
-from masm_jax.files import replacing
+from masm_jax.files import read_json, replacing
 
 Item = collections.namedtuple("Item", "network variant mode")
+_PARTS = ("settings", "results", "counts", "versions")
 
 
 class Store:
@@ -27,10 +28,17 @@ class Store:
         self.folder, self.settings, self.file = folder, settings, folder / name
         self.results, self.failures, self.counts, self.versions = [], {}, {}, {}
         if self.file.is_file():
-            before = json.loads(self.file.read_text())
+            fix = "name another --output"
+            before = read_json(self.file, fix)
+            lacks = [name for name in _PARTS if name not in before]
+            if lacks:
+                raise ValueError(
+                    f"{self.file} has no {', '.join(lacks)}: not of this command; {fix}"
+                )
             other = {
-                name: value for name, value in before["settings"].items() if settings[name] != value
-            }
+                name: value
+                for name, value in before["settings"].items() if settings.get(name) != value
+            }  # fmt: skip
             if other:
                 said = ", ".join(f"--{name}={value}" for name, value in other.items())
                 raise ValueError(f"{self.file} was measured with {said}; expected the same, or "

@@ -207,6 +207,9 @@ def _process(words, folder, stop):
     environment = {"JAX_PLATFORMS": "cpu"}
     # PyTorch's threads would spin while they wait, on the cores that augmentation needs.
     environment["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")
+    # MODULE:FUNCTION may lie where the command was started, as it is found there by ``check``.
+    places = [os.getcwd(), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, places))
     commands.python(words, folder, stop, cwd=REPOSITORY, environment=environment)
 
 

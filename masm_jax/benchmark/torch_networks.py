@@ -54,7 +54,7 @@ BUILDERS = {"dynunet": dynunet, "dynunet_light": dynunet_light, "segresnet": seg
 
 
 def check(name):
-    """See that a network can be built here; nothing is built, torch is not imported.
+    """See that a network can be built here; nothing is built, and only one's own is imported.
 
     Raises:
       ValueError: no such name, or a package is missing.
@@ -69,6 +69,8 @@ def check(name):
                 f"network {name!r} needs {package}, which is not in this Python: `make bench-env` "
                 f"makes .venv-bench with it; or leave the network out"
             )
+    if name not in BUILDERS:
+        _own(name)
 
 
 def build(name, *, modalities, regions, patch):
@@ -83,8 +85,17 @@ def build(name, *, modalities, regions, patch):
       ValueError: as ``check``.
     """
     check(name)
-    function = BUILDERS.get(name)
-    if function is None:
-        module, _, attribute = name.partition(":")
-        function = getattr(importlib.import_module(module), attribute)
+    function = BUILDERS.get(name) or _own(name)
     return function(modalities, regions, tuple(patch))
+
+
+def _own(name):
+    """The function of MODULE:FUNCTION."""
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"network {name!r}: {error}; expected a module in the folder that the command is "
+            f"started in, or on PYTHONPATH, with that function"
+        ) from error

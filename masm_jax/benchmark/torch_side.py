@@ -79,10 +79,12 @@ def prepare(peer, *, patch, batch, dtype, mode, variant, device):
       device: "cpu" or "cuda".
 
     Returns:
-      a function without arguments that returns when its work is done.
+      a function without arguments that returns when its work is done; of training with the loss.
     """
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
+        # As JAX has it on a GPU: float32 products in TF32 too, not convolutions alone.
+        torch.backends.cuda.matmul.allow_tf32 = True
     layout = torch.contiguous_format if variant == "contiguous" else torch.channels_last_3d
     torch.manual_seed(0)
     model = peer.build(patch).to(device).to(memory_format=layout)
@@ -116,10 +118,12 @@ def prepare(peer, *, patch, batch, dtype, mode, variant, device):
         optimiser.zero_grad(set_to_none=True)
         with cast():
             logits = run(x)
-        loss(logits.float(), target).backward()
+        found = loss(logits.float(), target)
+        found.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 12.0)
         optimiser.step()
         done()
+        return found.detach()
 
     return train
 

@@ -18,20 +18,27 @@ from masm_jax.models.decoder import PRIOR_LOGIT
 def crops(config):
     """What a step of the JAX networks sees of its batch, as tensors.
 
+    A modality that a crop loses is zero, as it is for our plain U-Net.
+
     Args:
-      config: of the run; seed and augment count.
+      config: of the run; seed, augment and data.modality_dropout count.
 
     Returns:
       a function (host batch, steps done) -> image (B, M, D, H, W) float32, label (B, D, H, W)
       uint8.
     """
     key = jax.random.key(config.seed)
+
     augmented = jax.jit(functools.partial(steps.augmented, recipe=config.augment))
 
     def at(batch, number):
         batch = {name: batch[name] for name in ("image", "label")}
-        image, label, _ = augmented(batch, key, jnp.int32(number))
-        return torch.from_numpy(np.array(image)), torch.from_numpy(np.array(label))
+        image, label, rest = augmented(batch, key, jnp.int32(number))
+        present = steps.drawn_modalities(rest, image, config.data.modality_dropout)
+        image = np.array(image)
+        if present is not None:
+            image[np.asarray(present) == 0] = 0
+        return torch.from_numpy(image), torch.from_numpy(np.array(label))
 
     return at
 

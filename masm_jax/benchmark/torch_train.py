@@ -26,9 +26,9 @@ from masm_jax import runtime
 from masm_jax.benchmark import torch_networks, torch_steps
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
-from masm_jax.files import as_path, replacing
+from masm_jax.files import as_path, replacing, told
 from masm_jax.inference import sliding_window
-from masm_jax.inference.volume import Settings
+from masm_jax.inference.volume import Settings, modalities_used
 from masm_jax.metric_log import MetricLog, NonFinite
 from masm_jax.models.masm import edges
 
@@ -180,9 +180,14 @@ class TorchSegmenter:
     def __init__(self, network, settings):
         self._module, self.settings = network.eval(), settings
 
-    def probabilities(self, image, progress=None):
-        """As ``Segmenter.probabilities``: the same tiles, weights, flips."""
+    def probabilities(self, image, progress=None, present=None):
+        """As ``Segmenter.probabilities``: the same tiles, weights, flips; what is missing is 0."""
         settings = self.settings
+        used = modalities_used(settings, present)
+        missing = [name not in used for name in settings.modalities]
+        if any(missing):
+            image = np.array(image)
+            image[missing] = 0
         return sliding_window.predict(
             self._logits,
             np.asarray(image),
@@ -257,8 +262,8 @@ def main(_):
     given = flags.FLAGS
     try:
         sys.exit(train(given.network, given.config, given.workdir))
-    except (ValueError, NonFinite, FileNotFoundError) as error:
-        print(f"torch_train: {error}", file=sys.stderr)
+    except (ValueError, NonFinite, OSError) as error:
+        print(f"torch_train: {told(error)}", file=sys.stderr)
         sys.exit(runtime.EXIT_ERROR)
 
 

@@ -92,33 +92,70 @@ def test_differences_are_paired_by_case_and_averaged_over_seeds(tmp_path):
     assert summary["differences"]["b"]["regions"]["WT"]["difference"] == pytest.approx(0.15)
 
 
+def arguments(records, **changes):
+    """Of the command, as far as they say what is trained on what."""
+    given = dict(records=records, test_records=None, split=[], set=[], calibration_steps=24)
+    return types.SimpleNamespace(**given | {"config": "configs/masm_demo.py"} | changes)
+
+
+def planned(args, output):
+    return accuracy._folds(args, output, accuracy._config(args))
+
+
 def test_pairs_hold_out_every_case_once(records, tmp_path):
-    args = types.SimpleNamespace(records=records, test_records=None, split=["pairs"])
-    folds = accuracy._folds(args, tmp_path)
+    folds, held = planned(arguments(records, split=["pairs"]), tmp_path)
     assert [(fold.folder, fold.rule) for fold in folds] == [("fold-0", "0/2"), ("fold-1", "1/2")]
-    args = types.SimpleNamespace(records=records, test_records=records, split=[])
-    (fold,) = accuracy._folds(args, tmp_path)
-    assert fold.folder == "" and fold.rule == str(tmp_path / "split.json")
+    assert sorted(case for own in held for case in own) == CASES
+    (fold,), held = planned(arguments(records, test_records=records), tmp_path)
+    assert fold.folder == "" and fold.rule == str(tmp_path / "split.json") and held == [CASES]
+    with pytest.raises(ValueError, match="--split=0/2 and --split=0/2 both hold out"):
+        planned(arguments(records, split=["pairs", "0/2"]), tmp_path)
 
 
 def test_a_refused_study_leaves_what_the_other_trains_on(records, tmp_path):
-    words = dict(records=records, test_records=records, split=[], set=[], calibration_steps=24)
-    args = types.SimpleNamespace(**words, config="configs/masm_demo.py")
-    accuracy._study(args, tmp_path, accuracy._folds(args, tmp_path))
+    args = arguments(records, test_records=records)
+    folds, cases = planned(args, tmp_path)
+    accuracy._study(args, tmp_path, folds, cases)
     before = (tmp_path / "split.json").read_text()
     assert json.loads(before)["train"] == CASES
     (tmp_path / "split.json").write_text("{}")
     args.calibration_steps = 30
     with pytest.raises(ValueError, match="another study: calibration_steps: 24 -> 30"):
-        accuracy._study(args, tmp_path, accuracy._folds(args, tmp_path))
+        accuracy._study(args, tmp_path, folds, cases)
+    args.calibration_steps = 24
+    with pytest.raises(ValueError, match="another study: cases: "):
+        accuracy._study(args, tmp_path, folds, [CASES[:3]])
     assert (tmp_path / "split.json").read_text() == "{}"
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(ValueError, match="study.json is damaged .* name another --output"):
+        accuracy._study(args, tmp_path, folds, cases)
+
+
+def test_seeds_of_other_cases_are_not_averaged():
+    one, two = {("a", "WT"): {"dice": 0.5}}, {("b", "WT"): {"dice": 0.5}}
+    with pytest.raises(ValueError, match="different cases"):
+        accuracy_report.over_seeds([one, two])
+
+
+def test_a_network_of_ones_own_is_found_where_the_command_is_started(tmp_path, monkeypatch):
+    """By the command at once, and by the processes that train, which start elsewhere."""
+    pytest.importorskip("torch", reason="needs torch: requirements-test.txt")
+    (tmp_path / "own_network.py").write_text("def build(modalities, regions, patch): ...\n")
+    with pytest.raises(ValueError, match="'own_network:build': No module named 'own_network'"):
+        accuracy._names("own_network:build")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # as python -m does
+    assert accuracy._names("masm,own_network:build") == ["masm", "own_network:build"]
+    with pytest.raises(ValueError, match="no attribute 'bild'.*with that function"):
+        accuracy._names("own_network:bild")
+    stop = types.SimpleNamespace(name="")
+    study._process(["-c", "import own_network, masm_jax"], tmp_path / "run", stop)
 
 
 def test_one_case_cannot_be_held_out_in_pairs(records, tmp_path, monkeypatch):
     monkeypatch.setattr(accuracy.records_lib, "Records", lambda _: types.SimpleNamespace(cases=[1]))
-    args = types.SimpleNamespace(records=records, test_records=None, split=["pairs"])
     with pytest.raises(ValueError, match="has 1 cases, expected 4 or more"):
-        accuracy._folds(args, tmp_path)
+        accuracy._folds(arguments(records, split=["pairs"]), tmp_path, None)
 
 
 def test_the_time_left_goes_by_what_the_same_network_took():
@@ -160,7 +197,8 @@ def test_from_records_to_a_table(bench, records, tmp_path):
     said = bench(*flags, f"--networks=unet,{TINY},{BROKEN}", code=runtime.EXIT_SOME_FAILED)
     name = TINY.replace(":", ".")
     assert (
-        f"failed: {BROKEN} seed 0: masm_jax.benchmark.torch_train ended with code 1" in said.stderr
+        f"failed: 2 steps, {BROKEN} seed 0: masm_jax.benchmark.torch_train ended with code 1"
+        in said.stderr
     )
     assert "broken on purpose" in said.stderr
     summary = json.loads((output / "steps-2" / "summary.json").read_text())
@@ -215,19 +253,26 @@ def test_equal_minutes_follow_a_calibration(bench, records, tmp_path):
         (["--seeds=0,x"], "--seeds=0,x: expected whole numbers"),
         (["--budget=hours:1"], "--budget=hours:1"),
         (["--set=seed=3"], "--set seed=3: expected KEY=VALUE, and none of seed"),
+        (["--set=stop_at_step=1"], "expected KEY=VALUE, and none of seed"),
+        (["--set=optim.learning_rat=1"], "optim.learning_rat"),
+        (["--set=patch=20"], "patch"),
+        (["--set=data.spacing=9.5"], "data.spacing = 9.5"),
         (["--config=absent.py"], "--config=absent.py: no such file"),
         (["--split=9/9"], "split 9/9"),
         (["--split=0/2", "--test_records=x"], "and not both"),
+        (["--test_records=/no/such/records"], "/no/such/records"),
         (["--calibration_steps=2"], "--calibration_steps: expected 6 or more"),
     ],
 )
 def test_an_error_is_one_line(records, tmp_path, capsys, flags, words):
     given = ["accuracy", f"--records={records}", f"--output={tmp_path}", "--networks=masm"]
-    if not any(flag.startswith("--split") for flag in flags):
+    given.append("--config=configs/masm_demo.py")
+    if not any(flag.startswith(("--split", "--test_records")) for flag in flags):
         given.append("--split=0/2")
     assert benchmark.main([*given, *flags]) == 1
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # another study may begin there
 
 
 def test_help_can_be_formatted():

@@ -38,20 +38,25 @@ class Watched:
 
     stem, mesh, dtype = 1, None, jnp.float32
 
-    def __init__(self, config, regions):
-        self.config, self.regions, self.images = config, regions, []
+    def __init__(self, config, records):
+        self.config, self.regions, self.images = config, records.regions, []
+        self.modalities = records.modalities
 
-    def apply(self, params, image, **_):
+    def apply(self, params, image, present=None, **_):
+        if present is not None:  # as our plain U-Net
+            image = image * present[..., None, None, None]
         jax.debug.callback(lambda x: self.images.append(np.array(x)), image, ordered=True)
         logits = params["head"]["bias"] * image.mean(1)[..., None]
         return [jnp.repeat(logits, len(self.regions), -1)], {}
 
 
-@pytest.mark.parametrize("recipe", ["scanner", "nnunet", "swin", "none"])
-def test_crops_are_those_of_the_jax_step_to_the_bit(config, recipe, tmp_path, monkeypatch):
-    config = config(augment=recipe, total_steps=3)
+@pytest.mark.parametrize(
+    "recipe, loses", [("scanner", 0.0), ("nnunet", 0.0), ("swin", 1.0), ("none", 0.5)]
+)
+def test_crops_are_those_of_the_jax_step_to_the_bit(config, recipe, loses, tmp_path, monkeypatch):
+    config = config(augment=recipe, total_steps=3, **{"data.modality_dropout": loses})
     records = Records(config.data.records)
-    network, labels = Watched(config, records.regions), []
+    network, labels = Watched(config, records), []
 
     def watched_targets(label, *rest, original=losses.region_targets):
         jax.debug.callback(lambda x: labels.append(np.array(x)), label, ordered=True)
@@ -86,6 +91,8 @@ def test_crops_are_those_of_the_jax_step_to_the_bit(config, recipe, tmp_path, mo
         assert np.array_equal(image, ours) and image.any()
         assert np.array_equal(label, own_label)
     assert not np.array_equal(seen[0][0], seen[1][0])
+    gone = [not scan.any() for image, _ in seen for crop in image for scan in crop]
+    assert any(gone) == (loses > 0)
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])
@@ -205,6 +212,21 @@ def test_a_tile_through_the_volume_code_is_the_network(trained, flips):
         views.append(np.flip(view, axes))
     found = segmenter.probabilities(image)
     np.testing.assert_allclose(found, np.mean(views, 0), rtol=0, atol=1e-6)
+
+
+def test_what_is_missing_is_zero(trained):
+    _, folder = trained
+    image = np.random.default_rng(0).normal(size=(4, 16, 16, 16)).astype(np.float32)
+    whole, _ = torch_train.load_run(folder)
+    names = whole.settings.modalities
+    alone, _ = torch_train.load_run(folder, given=[f"infer.present=('{names[1]}',)"])
+    expected = image * np.array([0, 1, 0, 0], np.float32)[:, None, None, None]
+    expected = whole.probabilities(expected)
+    assert np.array_equal(alone.probabilities(image), expected)
+    assert np.array_equal(whole.probabilities(image, present=names[1:2]), expected)
+    assert not np.allclose(whole.probabilities(image), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="no modality to work with"):
+        alone.probabilities(image, present=names[:1])
 
 
 def test_what_a_run_cannot_do_is_said(trained, tmp_path):

@@ -80,8 +80,10 @@ def test_wrong_flags_are_one_line(tmp_path, monkeypatch, capsys):
     assert main([*words, "--cases=-1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "--cases=-1: expected 1 or more, or 0" in line
-    (tmp_path / "eval.py").write_text("raise SystemExit(2)")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "seconds.json").write_text("{}")  # of another time
+    (tmp_path / "eval.py").write_text("raise SystemExit(3)")
     monkeypatch.setattr(evaluation, "REPOSITORY", tmp_path)
     assert main(words) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "benchmark evaluation: eval.py ended with code 2; what it said is above"
+    assert line == "benchmark evaluation: eval.py ended with code 3; what it said is above"

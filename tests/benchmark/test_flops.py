@@ -52,7 +52,7 @@ def test_unetr_counts_as_monais(tmp_path):
 
 def test_without_torch_ours_is_counted(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setattr(flops.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     assert main([*SMALL, "--networks=unet_tiny,dynunet", "--no-xla"]) == 3
     said = capsys.readouterr().out
     assert "| unet_tiny |" in said
@@ -72,6 +72,20 @@ def test_wrong_flags_are_one_line(words, said, capsys):
     assert main(["flops", *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize("config", ["masm_laptop", "unet_brats", "swin_unetr_brats"])
+def test_a_name_is_the_same_network_whatever_the_config_is(config):
+    """Parameters and multiply-adds of masm_brats.py, where sizes, mixers and encoders differ."""
+    for name in ("masm_tiny", "masm_base", "masm_base_plain", "late_base", "unet_base"):
+        usual, other = (
+            flops.jax_side.count(
+                peers.NETWORKS[name], patch=32, config=f"configs/{file}.py", xla=False
+            )
+            for file in ("masm_brats", config)
+        )
+        for key in ("parameters", "forward", "train"):
+            assert usual[key] == other[key], name
 
 
 def test_a_patch_that_does_not_fit_is_that_networks_reason(capsys):

@@ -32,6 +32,15 @@ def test_command_writes_every_picture_twice(tmp_path, found):
     assert all(file.stat().st_size > 2000 for file in (tmp_path / "drawn").iterdir())
 
 
+def test_files_of_one_name_are_refused(tmp_path, found, capsys):
+    files = [tmp_path / folder / "one.json" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps(found))
+    assert main(["plots", *map(str, files), f"--output={tmp_path / 'drawn'}"]) == 1
+    assert "expected files of different names" in capsys.readouterr().err
+
+
 def test_a_file_with_nothing_to_draw(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps({"compiled": {"fits": False}}))
     assert main(["plots", str(tmp_path / "a.json"), f"--output={tmp_path}"]) == 1

@@ -42,7 +42,8 @@ def test_half_of_the_tokens_is_less_work_and_every_round_is_timed(monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--shares=1,2"], r"--shares=1,2 .*expected shares in \(0, 1\]"),
+        (["--shares=1,2"], r"--shares=1,2: expected numbers in \(0, 1\]"),
+        (["--shares=abc"], "--shares=abc: expected numbers"),
         (["--networks=dynunet"], "dynunet has no tokens to choose"),
         (["--rounds=0"], "--rounds=0"),
     ],
