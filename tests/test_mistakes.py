@@ -15,6 +15,7 @@ from masm_jax import (
     predict,
     prepare,
     runtime,
+    score,
     subsets,
     tune,
 )
@@ -26,7 +27,18 @@ from tests.faults import runs
 
 COMMANDS = {
     module.__name__.split(".")[-1]: module.main
-    for module in (compare, diagnose, export, folds, phantom, predict, prepare, subsets, tune)
+    for module in (
+        compare,
+        diagnose,
+        export,
+        folds,
+        phantom,
+        predict,
+        prepare,
+        score,
+        subsets,
+        tune,
+    )  # fmt: skip
 } | {"sweep": sweep_main, "benchmark": benchmark}
 BOTH = "--input=~/raw --output=~/out"  # "I/O" below
 
@@ -71,6 +83,7 @@ def said(capsys, name, line, root):
         ("folds", "~/run --outptu=~/out", "(did you mean --output?)"),
         ("export", "--workdir=~/run --output=~/o --batch=x", "--batch=x: expected a whole number"),
         ("compare", "~/run ~/run --output=~/out --metric=dice", "(did you mean --metrics?)"),
+        ("score", "~/raw --reference=~/raw --outptu=~/o", "(did you mean --output?)"),
         ("sweep", "--config=x.py --workdir=~/out --dryrun", "(did you mean --dry_run?)"),
         ("diagnose", "~/run --split=vla", "--split=vla: expected one of val, test, train, all"),
         ("subsets", "--workdir=~/run --output=~/o --cases=x", "--cases=x: expected a whole number"),

@@ -319,6 +319,16 @@ def test_evaluation_leaves_its_files(evaluated, phantoms):
     assert (evaluated / "overlays" / f"{case}.png").stat().st_size > 1000
 
 
+def test_what_it_has_written_is_scored_alike_as_segmentations_of_anybody(
+    evaluated, phantoms, command, tmp_path
+):
+    words = [evaluated / "predictions", f"--reference={phantoms}", f"--output={tmp_path}"]
+    said = command("-m", "masm_jax.score", *words, code=3)  # the reference has more cases
+    assert "3 cases failed and are in no mean" in said.stderr
+    for name in ("metrics.csv", "lesions.csv"):
+        assert (tmp_path / name).read_bytes() == (evaluated / name).read_bytes()
+
+
 def test_the_report_shows_case_plots_mixers_and_config(evaluated):
     case, page = CASES[3], (evaluated / "report.html").read_text()
     assert f'class="view" data-case="{case}"' in page

@@ -89,7 +89,7 @@ def find_cases(
             f"--labels={labels} and a description are both given; the description says what the "
             "labels mean; leave out --labels"
         )
-    files = list(_files(root))
+    files = list(nifti_files(root))
     cases: list[Case] = []
     problems: list[Problem] = []
     for convention, own in _by_convention(root, files, labels, description):
@@ -98,6 +98,9 @@ def find_cases(
         if description is None and not convention.channels:
             found = recognition.recognise(root, found, labels)
         cases += found
+    if not cases and not problems and not images and description is None:
+        plain, problems = _assemble(conventions.PLAIN, _unnamed(files), partial, images)
+        cases = recognition.recognise(root, plain, labels)
     if not cases and not problems:
         raise ValueError(_nothing_found(root, files, description, images))
     cases, repeated = _unique(cases)
@@ -132,7 +135,7 @@ def missing_segmentations(cases: list[Case]) -> list[Problem]:
     return problems
 
 
-def _files(root: Path) -> Iterator[Path]:
+def nifti_files(root: Path) -> Iterator[Path]:
     """Every NIfTI file below a folder, sorted; hidden ones (macOS ``._*``) left out."""
     visited = set()
     for folder, folders, names in os.walk(root, followlinks=True):
@@ -146,6 +149,11 @@ def _files(root: Path) -> Iterator[Path]:
         for name in sorted([*names, *empty]):
             if _NIFTI.search(name) and not name.startswith("."):
                 yield Path(folder) / name
+
+
+def stem(path: Path) -> str:
+    """The name of a NIfTI file without .nii or .nii.gz."""
+    return _NIFTI.sub("", path.name)
 
 
 def _is_no_folder(path: Path, visited: set[str]) -> bool:
@@ -200,6 +208,13 @@ def _matchers(convention: Convention) -> list[tuple[str | None, re.Pattern]]:
     wanted: list[tuple[str | None, str]] = [(m, p) for m in shared for p in convention.files[m]]
     wanted += [(None, p) for p in convention.segmentation]
     return [(m, re.compile(_regex(pattern), flags)) for m, pattern in wanted]
+
+
+def _unnamed(files: list[Path]) -> list[Path]:
+    """Those that have no name of a scan."""
+    named = [pattern for name in ("brats2021", "brats2023")
+             for _, pattern in _matchers(conventions.BUILT_IN[name])]  # fmt: skip
+    return [p for p in files if not any(pattern.match(p.as_posix()) for pattern in named)]
 
 
 def _regex(pattern: str) -> str:
@@ -354,8 +369,8 @@ def _nothing_found(root: Path, files: list[Path], description, images: bool) -> 
     if not images:
         return (
             f"{root}: none of {len(files)} NIfTI files has the name of a segmentation, such as "
-            f"{example}; expected CASE_seg, CASE-seg or the Decathlon's dataset.json; describe the "
-            "set in a file for --description"
+            f"{example}; expected CASE_seg, CASE-seg, CASE or the Decathlon's dataset.json; "
+            "describe the set in a file for --description"
         )
     return (
         f"{root}: none of {len(files)} NIfTI files has a known name, such as {example}; expected "

@@ -115,20 +115,30 @@ def _built_in(name: str) -> Convention:
 BUILT_IN = {name: _built_in(name) for name in _SCHEMES}
 
 
-def with_labels(convention: Convention, scheme: str, note: str = "") -> Convention:
+# Segmentations alone, as nnU-Net and the submissions to challenges have them.
+PLAIN = dataclasses.replace(
+    BUILT_IN["brats2021"], name="CASE.nii.gz", files={m: () for m in MODALITIES},
+    segmentation=("{case}",),
+)  # fmt: skip
+
+
+def with_labels(
+    convention: Convention, scheme: str, note: str = "", *, flag: str = "--labels"
+) -> Convention:
     """Returns the convention with the label values of another scheme.
 
     Args:
         convention: Gives the file names.
         scheme: One of ``LABEL_SCHEMES``.
         note: Kept for the user.
+        flag: That gives the scheme, for the message.
 
     Raises:
         ValueError: The scheme is unknown.
     """
     if scheme not in _SCHEMES:
         raise ValueError(
-            f"--labels={scheme}: no such label scheme; expected one of {', '.join(LABEL_SCHEMES)}"
+            f"{flag}={scheme}: no such label scheme; expected one of {', '.join(LABEL_SCHEMES)}"
             f"{hint(scheme, LABEL_SCHEMES)}; for another set write a --description file"
         )
     labels, paint = _SCHEMES[scheme]

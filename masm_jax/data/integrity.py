@@ -67,13 +67,16 @@ def read_images(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
     return images, affines[0]
 
 
-def read_segmentation(case: Case, shape: tuple, affine: np.ndarray) -> np.ndarray | None:
+def read_segmentation(
+    case: Case, shape: tuple, affine: np.ndarray, *, flag: str = "--labels"
+) -> np.ndarray | None:
     """Reads the label file of a case.
 
     Args:
         case: The files.
         shape: (I, J, K) of the images.
         affine: (4, 4) of the images.
+        flag: that says what the values mean, for the message.
 
     Returns:
         (I, J, K) label values of the file, integers in any number type; None without a file.
@@ -99,7 +102,7 @@ def read_segmentation(case: Case, shape: tuple, affine: np.ndarray) -> np.ndarra
         value = "label value " + ", ".join(f"{v:g} ({c} voxels)" for v, c in unknown[:5])
         value += f" and {len(unknown) - 5} more values" if len(unknown) > 5 else ""
         wanted = f"0, {', '.join(map(str, sorted(known)))} (labels of {case.convention.name})"
-        fix = "choose the labels with --labels, or correct the file"
+        fix = f"choose the labels with {flag}, or correct the file"
         if not all(float(v).is_integer() for v, _ in unknown):
             fix = "write whole numbers; probabilities and linear resampling give others"
         problems.append(Problem(case.id, str(path), value, wanted, fix))

@@ -144,6 +144,12 @@ def description(path: Path | str) -> str:
     return bytes(header["descrip"]).rstrip(b"\0").decode("utf-8", "replace")
 
 
+def grid(path: Path | str) -> tuple[tuple[int, ...], np.ndarray]:
+    """Returns the shape and the (4, 4) affine of a file, whose voxels are not read."""
+    header, affine = _geometry(Path(path))
+    return tuple(map(int, header.get_data_shape())), affine
+
+
 def orientation(affine: np.ndarray) -> str:
     """Returns the directions of the voxel axes, such as ``"LPS"``.
 

@@ -19,7 +19,8 @@ def recognise_labels(style: str, values: Mapping[str, set[int]]) -> tuple[str, s
     """Decides what the label values of a data set mean.
 
     Args:
-        style: ``"_t1ce"`` (names of 2018-2021) or ``"-t1n"`` (names of 2023 on).
+        style: ``"_t1ce"`` (names of 2018-2021), ``"-t1n"`` (names of 2023 on) or
+            ``"CASE.nii.gz"`` (segmentations alone, of any year).
         values: Case id -> label values present in its segmentation.
 
     Returns:
@@ -32,10 +33,10 @@ def recognise_labels(style: str, values: Mapping[str, set[int]]) -> tuple[str, s
     four = sorted(case for case, seen in values.items() if 4 in seen)
     seen = sorted(v for v in set().union(*values.values()) if v) if values else []
     if not values:
-        scheme = "brats2021" if style == "_t1ce" else "brats2023"
+        scheme = "brats2023" if style == "-t1n" else "brats2021"
         return scheme, "no segmentation read: labels assumed from the file names"
     said = f"{len(values)} segmentations with {style} names hold the values {_list(seen)}"
-    if style == "_t1ce":
+    if style != "-t1n":
         if three and four:
             raise ValueError(
                 f"{said}: 4 in {_some(four)} and 3 in {_some(three)}; either may be the "
@@ -96,7 +97,8 @@ def recognise(root: Path, cases: "list[Case]", labels: str | None) -> "list[Case
     if not cases:
         return []
     newer = cases[0].convention.files == conventions.BUILT_IN["brats2023"].files
-    style = "-t1n" if newer else "_t1ce"
+    plain = cases[0].convention.files == conventions.PLAIN.files
+    style = "-t1n" if newer else "CASE.nii.gz" if plain else "_t1ce"
     with_seg = [case for case in cases if case.segmentation is not None]
     if labels is not None:
         scheme, note = labels, "as --labels says"

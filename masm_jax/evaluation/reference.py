@@ -47,8 +47,8 @@ def find(
     if missing:
         wrong.append(
             f"no segmentation for {', '.join(missing[:5])}{' and more' if len(missing) > 5 else ''}"
-            "; expected one for every case of the split, CASE_seg.nii.gz, CASE-seg.nii.gz or named "
-            "as a --description says"
+            "; expected one for every case of the split, CASE_seg.nii.gz, CASE-seg.nii.gz, "
+            "CASE.nii.gz where all are so, or named as a --description says"
         )
     if wrong:
         raise ValueError(f"--reference={folder}: {'; '.join(wrong)}")

@@ -82,12 +82,18 @@ def score(segmented: Segmented) -> Scored:
         problem = f"scored, but not drawn: {error}"
     except Exception:  # the numbers are worth more than the picture
         problem = f"scored, but not drawn: {traceback.format_exc().strip()}"
+    rows, lesions = lines(segmented.case, regions)
+    return Scored(segmented.case, rows, lesions, grid, problem, segmented.clock.seconds)
+
+
+def lines(case: str, regions: dict[str, Any]) -> tuple[list[dict], list[dict]]:
+    """Lines of metrics.csv and of lesions.csv, of what ``metrics.evaluate`` says of a case."""
     rows, lesions = [], []
     for name, values in regions.items():
-        own = {"case": segmented.case, "region": name}
+        own = {"case": case, "region": name}
         lesions += [own | lesion for lesion in values.pop("lesions", [])]
         rows.append(own | values)
-    return Scored(segmented.case, rows, lesions, grid, problem, segmented.clock.seconds)
+    return rows, lesions
 
 
 def _show(segmented: Segmented, scores: dict[str, Any]) -> None:
