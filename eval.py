@@ -87,6 +87,9 @@ def evaluate(workdir, output, roll):
     and report, from what all have put into ``output``.
     """
     check_output(output)
+    records_lib.refuse_records(output, flag="--output")
+    if (pathlib.Path(output) / "config.json").is_file():
+        raise ValueError(f"--output={output} is a run; name a folder of its own, such as RUN/eval")
     workdir, output = as_path(workdir), pathlib.Path(output)
     first = jax.process_index() == 0
 

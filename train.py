@@ -244,6 +244,7 @@ def main(_):
     limit = flags.FLAGS.start_timeout
     with processes.joined(place, limit=limit, readable=readable) as roll:
         check_output(_WORKDIR.value, flag="--workdir")
+        records_lib.refuse_records(_WORKDIR.value, flag="--workdir")
         holds = jax.process_index() == 0 and not _DRY_RUN.value
         with locks.alone(_WORKDIR.value, holds=holds):
             code = train(_CONFIG.value, _WORKDIR.value, roll)

@@ -23,7 +23,7 @@ from scipy import stats
 from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.evaluation import tables
-from masm_jax.files import check_output, replacing, told
+from masm_jax.files import check_output, replacing
 
 LOWER_IS_BETTER = ("hd95",)
 RESAMPLES = 10_000
@@ -234,11 +234,7 @@ def main(argv=None):
     parser.add_argument("--output", required=True, help="folder for compare.csv, .json and .png")
     parser.add_argument("--metrics", default="dice,hd95,nsd", help="columns of metrics.csv")
     arguments = parser.parse_args(argv)
-    try:
-        return _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"compare: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("compare", _run, arguments)
 
 
 def _run(arguments):

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 
 import ml_collections
 
@@ -94,7 +95,14 @@ def validate(config):
     check(model.detail >= 0, "model.detail", model.detail, "0 (none) or more")
     for key in ("learning_rate", "clip_norm"):
         check(optim[key] > 0, f"optim.{key}", optim[key], "above 0")
-    check(optim.mixer_rate >= 0, "optim.mixer_rate", optim.mixer_rate, "0 or more")
+    for key in (
+        "optim.mixer_rate", "optim.weight_decay", "loss.ratio_weight", "data.workers",
+        "data.split_seed",
+    ):  # fmt: skip
+        section, name = key.split(".")
+        check(config[section][name] >= 0, key, config[section][name], "0 or more")
+    check(0 <= optim.momentum < 1, "optim.momentum", optim.momentum, "in [0, 1)")
+    check(math.isfinite(model.keep_bias), "model.keep_bias", model.keep_bias, "a number")
     check(log.keep >= 1, "log.keep", log.keep, "1 or more")
     check(
         1 <= config.infer.average <= log.keep,
@@ -207,7 +215,7 @@ def validate_records(config, records):
     ``model.pairs`` = () becomes the pairs of their description.
 
     Raises:
-      ValueError: spacing or modalities do not fit.
+      ValueError: spacing, thresholds or modalities do not fit.
     """
     if config.data.spacing and records.spacing != config.data.spacing:
         raise ValueError(
@@ -216,6 +224,12 @@ def validate_records(config, records):
             f"takes any), or prepare again with --spacing={config.data.spacing}"
         )
     check_thresholds(config, records.regions)
+    unknown = [name for name in config.infer.present if name not in records.modalities]
+    if unknown:
+        raise ValueError(
+            f"config.infer.present names {', '.join(unknown)}: the records have "
+            f"{', '.join(records.modalities)}; name some of them, or () for all"
+        )
     if "aware" not in tuple(config.model.mixers):
         return
     if not config.model.pairs:

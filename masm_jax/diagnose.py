@@ -27,7 +27,7 @@ from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import diagnosis_page, findings, tables
-from masm_jax.files import as_path, check_output, replacing, told
+from masm_jax.files import as_path, check_output, replacing
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run
 from masm_jax.models.mosaic import learnt_edge
@@ -54,11 +54,7 @@ def main(argv=None):
     if args.cases < 1:
         parser.error(f"--cases={args.cases}: expected 1 or more")
     runtime.start()
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"diagnose: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("diagnose", _run, args)
 
 
 def _run(args):

@@ -18,7 +18,6 @@ import numpy as np
 import masm_jax
 from masm_jax import runtime, sharding
 from masm_jax.arguments import Parser
-from masm_jax.files import told
 from masm_jax.inference import exported
 from masm_jax.inference.volume import Settings, restore_run
 from masm_jax.models import conv
@@ -34,17 +33,17 @@ def main(argv=None):
     runtime.start()
     # Else every operation carries the path of its line of code on this machine.
     jax.config.update("jax_traceback_in_locations_limit", 0)
-    try:
-        export_run(
-            args.workdir,
-            args.output,
-            which=args.checkpoint,
-            platforms=list(dict.fromkeys(args.platforms.split(","))),
-            given=args.set if args.batch is None else [*args.set, f"infer.batch={args.batch}"],
-        )
-    except (ValueError, OSError) as error:
-        print(f"export: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("export", _export, args)
+
+
+def _export(args):
+    export_run(
+        args.workdir,
+        args.output,
+        which=args.checkpoint,
+        platforms=list(dict.fromkeys(args.platforms.split(","))),
+        given=args.set if args.batch is None else [*args.set, f"infer.batch={args.batch}"],
+    )
     return 0
 
 

@@ -21,7 +21,7 @@ from masm_jax import runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records
 from masm_jax.evaluation import tables
-from masm_jax.files import check_output, told
+from masm_jax.files import check_output
 
 DIFFER = ("data.split:", "seed:")  # what may differ between folds, beside what is free to change
 
@@ -92,11 +92,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of the folds' runs")
     parser.add_argument("--output", required=True, help="folder for the tables of all folds")
     args = parser.parse_args(argv)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"folds: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("folds", _run, args)
 
 
 def _run(args):

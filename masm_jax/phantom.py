@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process by default.
 
     Returns:
-        0 when all cases are there, 1 when something failed, 2 for wrong arguments.
+        0 when all cases are there, 1 when something failed, 2 for wrong arguments, 75 stopped.
     """
     try:
         arguments = _parse(argv)
@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         logger.error("%s", told(error))
         return 1
+    except KeyboardInterrupt:
+        logger.error("stopped; finished cases are kept, the same command goes on")
+        return 75
     seconds = time.monotonic() - start
     logger.info("%s: %d cases, %d new in %.0f s", root, len(names) - failed, len(todo), seconds)
     if failed:

@@ -26,10 +26,18 @@ from masm_jax.arguments import Parser
 from masm_jax.data import cases as cases_lib
 from masm_jax.data import conventions, nifti, preprocess, suspicion
 from masm_jax.evaluation import pictures, tables
-from masm_jax.files import check_output, name_fault, of_case, printable, told
+from masm_jax.files import check_output, name_fault, of_case, printable
 from masm_jax.inference import postprocess
 from masm_jax.inference.exported import load_export
-from masm_jax.inference.volume import FAILURES, check_task, decoding, failure, in_scan, load_run
+from masm_jax.inference.volume import (
+    FAILURES,
+    check_task,
+    decoding,
+    failure,
+    in_scan,
+    load_run,
+    modalities_used,
+)
 
 # What is left of a region where the ones inside it are painted over.
 _WORDS = {"WT": "oedema", "TC": "necrosis and non-enhancing core", "ET": "enhancing tumour"}
@@ -55,11 +63,7 @@ def main(argv=None):
     if args.from_export and (args.set or args.checkpoint):
         parser.error("--set and --checkpoint go with --workdir: give them to masm_jax.export")
     runtime.start()
-    try:
-        return _predict(args)
-    except (ValueError, OSError) as error:
-        print(f"predict: {printable(told(error))}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("predict", _predict, args)
 
 
 def _parser():
@@ -96,6 +100,7 @@ def _predict(args):
         segmenter, meta = load_run(args.workdir, which=which, given=args.set)
     partial = not args.from_export and segmenter.settings.may_lack
     cases, problems = _cases(args, partial)
+    _spare_the_scans(cases, args.output)
     failed, written = {}, 0
     for problem in problems:
         failed[problem.case] = "; ".join(filter(None, [failed.get(problem.case), str(problem)]))
@@ -133,6 +138,22 @@ def _predict(args):
     return runtime.EXIT_SOME_FAILED if failed else 0
 
 
+def _spare_the_scans(cases, output):
+    """Refuse the folder of a scan: what is written may have its name.
+
+    Raises:
+        ValueError: it is one.
+    """
+    place = os.path.realpath(output)
+    for case in cases:
+        for file in filter(None, (*case.images, case.segmentation)):
+            if place in (os.path.realpath(file.parent), os.path.dirname(os.path.realpath(file))):
+                raise ValueError(
+                    f"--output={output} holds {file.name} of {case.id}, and a result may have the "
+                    f"name of a scan; name a folder of its own"
+                )
+
+
 def _cases(args, partial):
     """The cases below --input, or the one that the four flags name; and what is wrong with them."""
     files = {modality: getattr(args, modality) for modality in conventions.MODALITIES}
@@ -166,6 +187,7 @@ def _cases(args, partial):
 def _one(segmenter, case, run, args):
     """Segment one case and write its files; returns the volume of each region in ml."""
     output, began = pathlib.Path(args.output), time.perf_counter()
+    case = dataclasses.replace(case, segmentation=None)  # not asked for, whatever is in it
     record = preprocess.preprocess(case, spacing=run["spacing"])
     settings, present = segmenter.settings, case.convention.modalities
     known = record.meta["record_spacing"], record.meta["covered"]
@@ -206,7 +228,12 @@ def _one(segmenter, case, run, args):
         "run": str(args.from_export or args.workdir),
         "step": run["step"],
         "rules": rules,
-        "input": {"convention": case.convention.name, "modalities": list(present), **found},
+        "input": {
+            "convention": case.convention.name,
+            "modalities": list(present),
+            "used": modalities_used(settings, present),
+            **found,
+        },
         "seconds": round(time.perf_counter() - began, 1),
         "notice": "research software, not a medical device",
     }

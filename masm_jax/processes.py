@@ -26,7 +26,7 @@ import jaxlib
 from masm_jax.files import told
 from masm_jax.launch import Place, define_flags, detect
 from masm_jax.rollcall.roll import Roll
-from masm_jax.runtime import EXIT_ERROR, EXIT_SOME_FAILED, EXIT_STOPPED
+from masm_jax.runtime import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_SOME_FAILED, EXIT_STOPPED
 
 __all__ = ["Place", "Roll", "Solo", "define_flags", "detect", "joined", "start"]
 
@@ -67,6 +67,9 @@ def joined(place, *, limit=300.0, readable=(ValueError, FileNotFoundError)):
                 traceback.print_exception(error)
             roll.fail(_in_short(error))
         roll.leave()
+        if isinstance(error, KeyboardInterrupt) and not place:
+            print("stopped before it was done; start it again", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
         raise
     roll.leave()
 

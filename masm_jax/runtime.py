@@ -16,10 +16,12 @@ from absl import flags
 
 from masm_jax.config_file import in_short
 from masm_jax.data.conventions import hint
+from masm_jax.files import printable, told
 
 _SAME = 1.0  # seconds
 _THRESHOLD = gc.get_threshold()
 EXIT_ERROR, EXIT_USAGE, EXIT_SOME_FAILED, EXIT_STOPPED, EXIT_PEER = 1, 2, 3, 75, 76
+EXIT_INTERRUPTED = 128 + signal.SIGINT  # as shells have it
 
 
 def start(*, devices=0, cache=True):
@@ -105,6 +107,24 @@ def keep_memory():
     mallopt(trim_threshold, -1)  # never
 
 
+def command(name, work, *arguments):
+    """Exit code of a command; what the user can mend is one readable line, and so is Ctrl-C.
+
+    Args:
+      name: before the line.
+      work: gives the exit code.
+      *arguments: of it.
+    """
+    try:
+        return work(*arguments)
+    except (ValueError, OSError) as error:
+        print(f"{name}: {printable(told(error))}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: stopped before it was done; start it again", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
 def parse_flags(argv):
     """For ``absl.app.run``: a wrong flag or config key is one readable line and exit code 2."""
     try:
@@ -112,16 +132,31 @@ def parse_flags(argv):
         problem = f"unexpected argument {rest[0]!r}: expected --flag=value" if rest else None
         # A config file that is not there shows only where its content is asked for.
         getattr(getattr(flags.FLAGS, "config", None), "keys", None)
+    except flags.UnrecognizedFlagError as error:
+        problem = f"{error}{_of_config(error.flagname)}"
     except (flags.Error, TypeError, ValueError, OSError) as error:
         problem = _no_config(argv) or _plainly(str(error))
     except (KeyError, AttributeError) as error:  # of ml_collections, for a key the config has not
         problem = f"unknown config key: {in_short(error)}"
+        if "get_config" in str(error):
+            problem = (
+                "the file of --config has no function get_config(); the files in configs/sweeps "
+                "are for python -m masm_jax.sweep"
+            )
     except (SyntaxError, NameError, ImportError) as error:  # it is a program
         problem = f"the file of --config cannot be run: {type(error).__name__}: {error}"
+    except SystemExit:  # after --help, which absl takes for an error
+        sys.exit(0)
     if problem:
         print(f"{pathlib.Path(argv[0]).name}: {' '.join(problem.split())}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
     return argv[:1]
+
+
+def _of_config(name):
+    """That a flag which there is not may be a key of the config, where there is one."""
+    takes = "config" in flags.FLAGS and "." not in name
+    return f"; a key of the config is set by --config.KEY=VALUE: --config.{name}" if takes else ""
 
 
 def _plainly(text):

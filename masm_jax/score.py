@@ -149,11 +149,7 @@ def main(argv=None):
     add("--styles", default=",".join(STYLES), help="of the lesion-wise metrics (%(default)s)")
     add("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="(%(default)s)")
     arguments = parser.parse_args(argv)
-    try:
-        return _run(arguments)
-    except (ValueError, OSError) as error:
-        print(f"score: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("score", _run, arguments)
 
 
 def _run(arguments):

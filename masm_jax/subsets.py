@@ -28,7 +28,7 @@ from masm_jax.benchmark.accuracy_report import interval_words
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
-from masm_jax.files import as_path, check_output, replacing, told
+from masm_jax.files import as_path, check_output, replacing
 from masm_jax.inference.postprocess import decode
 from masm_jax.inference.volume import check_task, decoding, load_run, trained_on
 
@@ -53,11 +53,7 @@ def main(argv=None):
     parser.add_argument("--cases", type=int, default=0, help="how many of them (0: all)")
     args = parser.parse_args(argv)
     runtime.start()
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"subsets: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("subsets", _run, args)
 
 
 def _run(args):

@@ -30,7 +30,7 @@ from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
 from masm_jax.evaluation.surfaces import joint_box
-from masm_jax.files import replacing, told
+from masm_jax.files import replacing
 from masm_jax.inference import postprocess
 from masm_jax.inference.volume import check_task, decoding, load_run
 
@@ -144,11 +144,7 @@ def main(argv=None):
     parser.add_argument("--dry_run", action="store_true", help="print, and write nothing")
     args = parser.parse_args(argv)
     runtime.start()
-    try:
-        return _tune(args)
-    except (ValueError, OSError) as error:
-        print(f"tune: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("tune", _tune, args)
 
 
 def _tune(args):

@@ -34,6 +34,22 @@ def test_the_first_signal_is_a_flag_and_the_second_acts(number, monkeypatch):
         signal.signal(number, before)
 
 
+def test_a_command_ends_in_a_line(capsys):
+    def fails(error):
+        raise error
+
+    assert runtime.command("x", lambda a, b: a + b, 1, 2) == 3
+    assert runtime.command("x", fails, ValueError("bad \033[31mname")) == 1
+    assert runtime.command("x", fails, FileNotFoundError(2, "No such file", "a.nii")) == 1
+    assert runtime.command("x", fails, KeyboardInterrupt()) == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == r"x: bad \x1b[31mname"
+    assert lines[1].startswith("x: a.nii: No such file; correct the path")
+    assert lines[2] == "x: stopped before it was done; start it again"
+    with pytest.raises(ZeroDivisionError):  # a defect
+        runtime.command("x", fails, ZeroDivisionError())
+
+
 def test_garbage_is_looked_for_rarely_for_a_while_alone():
     before = gc.get_threshold()
     runtime.collect_rarely()

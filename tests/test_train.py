@@ -259,6 +259,14 @@ def test_missing_records_are_one_readable_line(train, tmp_path):
     [
         (("train.py", *FLAGS, "--workdir=w", "--config.modle.size=tiny"), "config key: modle"),
         (("eval.py", "--workdir=w", "--outptu=o"), "unknown command line flag 'outptu'"),
+        (
+            ("train.py", "--config=configs/masm_demo.py", "--workdir=w", "--total_steps=5"),
+            "--config.total_steps",
+        ),
+        (
+            ("train.py", "--config=configs/sweeps/sizes.py", "--workdir=w"),
+            "no function get_config(); the files in configs/sweeps are for python -m",
+        ),
         (("-m", "masm_jax.predict", "--workdir=w"), "required: --output"),
     ],
 )
@@ -432,6 +440,33 @@ def test_one_patient_by_four_files(straight, phantoms, command, evaluated, tmp_p
     assert "--flair missing: this network was trained with all modalities" in said.stderr
     twice = (*flags[:4], f"--flair={tmp_path / 'scan 0.nii.gz'}", f"--output={output}")
     assert "one file is given for two" in command("-m", "masm_jax.predict", *twice, code=1).stderr
+
+
+def test_scans_are_never_written_over(straight, phantoms, command, tmp_path):
+    """Neither by name nor through a link; and a segmentation that is there is not asked for."""
+    folder, link, case = tmp_path / "scans", tmp_path / "link", CASES[3]
+    shutil.copytree(phantoms / case, folder)
+    link.symlink_to(folder)
+    (folder / f"{case}_seg.nii.gz").write_bytes(b"broken")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = [
+        f"--{name}={folder / f'{case}_{name}.nii.gz'}" for name in ("t1", "t1ce", "t2", "flair")
+    ]
+    for given in (files, [f"--input={tmp_path}"]):
+        flags = (f"--workdir={straight}", *given, f"--output={link}")
+        said = command("-m", "masm_jax.predict", *flags, code=1)
+        readable(said, f"--output={link} holds {case}_t1", "name a folder of its own")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    flags = (f"--workdir={straight}", f"--input={folder}", "--labels=brats2021")
+    command("-m", "masm_jax.predict", *flags, f"--output={tmp_path / 'out'}")
+    assert (tmp_path / "out" / f"{case}.nii.gz").is_file()
+
+
+def test_runs_and_records_are_no_place_for_anything_else(straight, records, train, command):
+    readable(train(records, code=1), "--workdir=", "holds a data set (dataset.json)")
+    for place, words in ((records, "holds a data set"), (straight, "is a run; name a folder")):
+        said = command("eval.py", f"--workdir={straight}", f"--output={place}", code=1)
+        readable(said, "eval.py: ", f"--output={place} {words}")
 
 
 def test_a_patient_with_two_scans(straight, phantoms, command, tmp_path):

@@ -7,6 +7,7 @@ to set the environment before anything imports JAX. Exit codes: 0 done, 1 an err
 
 import argparse
 import importlib
+import signal
 import sys
 
 from masm_jax.arguments import Parser
@@ -44,6 +45,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"benchmark {args.command}: {told(error)}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"benchmark {args.command}: stopped before it was done", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from masm_jax.files import check_output, replacing
 
 MODES = ("infer", "train")
 TORCH_VARIANTS = ("eager", "compile", "contiguous")
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # of NVIDIA, of WSL, of AMD
 # May not differ between the start of a comparison and its continuation.
 FIXED = ("patch", "batch", "dtype", "threads", "device", "seconds", "config")
 
@@ -100,6 +101,11 @@ def _checked(args):
     if not 0 <= args.threads <= cores():
         raise ValueError(f"--threads={args.threads}: expected 1 to {cores()}, the cores, or 0: all")
     args.threads = args.threads or cores()
+    if args.device == "cuda" and not any(map(os.path.exists, _DRIVERS)):
+        raise ValueError(
+            f"--device=cuda: no driver of a GPU here (none of {', '.join(_DRIVERS)}); expected a "
+            f"machine with one, or --device=cpu"
+        )
     if not pathlib.Path(args.config).is_file():
         raise ValueError(f"--config={args.config}: no such file")
     todo = [

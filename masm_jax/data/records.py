@@ -87,6 +87,19 @@ def write_index(root: Path | str, index: dict[str, Any]) -> None:
         temporary.write_text(json.dumps({"version": VERSION, **index}, indent=1))
 
 
+def refuse_records(folder: Path | str, *, flag: str) -> None:
+    """See that a folder for something else holds no records.
+
+    Raises:
+        ValueError: It does.
+    """
+    if (as_path(folder) / _INDEX).is_file():
+        raise ValueError(
+            f"{flag}={folder} holds a data set ({_INDEX}); name a folder of its own, else its "
+            f"records are mixed with what is written"
+        )
+
+
 def read_index(root: Path | str) -> dict[str, Any]:
     """Reads dataset.json.
 

@@ -4,6 +4,7 @@ The network is a function here, of a run (``load_run``) or of an export (inferen
 """
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Mapping
 
@@ -16,6 +17,7 @@ from masm_jax.data import records as records_lib
 from masm_jax.files import as_path, told
 from masm_jax.inference import postprocess, sliding_window
 
+_log = logging.getLogger("masm_jax.inference")
 # What ends one case and not the others, whose scans may be smaller.
 FAILURES = (ValueError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -229,6 +231,17 @@ def restore_run(workdir, *, which, mesh, given=()):
         )
     task = checkpoints.task()
     config_lib.check_thresholds(config, task["regions"])
+    if config.infer.present and not config.data.modality_dropout:
+        _log.warning(
+            "infer.present = %s: %s has never lost a modality in training "
+            "(data.modality_dropout = 0); without some it may find anything",
+            ", ".join(config.infer.present), workdir,
+        )  # fmt: skip
+    if tuned := config_lib.tuned_on(workdir):
+        _log.info(
+            "%s: rules of infer.json, which masm_jax.tune has chosen on %d cases; delete it to "
+            "have those of the config", workdir, len(tuned),
+        )  # fmt: skip
     regions = task["regions"]
     network = Network(config, modalities=task["modalities"], regions=regions, mesh=mesh)
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))

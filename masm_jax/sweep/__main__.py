@@ -37,7 +37,7 @@ from masm_jax import commands, runtime
 from masm_jax.arguments import Parser, some
 from masm_jax.benchmark import accuracy_report
 from masm_jax.commands import REPOSITORY, Stopped
-from masm_jax.files import replacing, told
+from masm_jax.files import replacing
 from masm_jax.locks import Lock
 from masm_jax.sweep import cost, definition, report
 
@@ -66,11 +66,7 @@ def main(argv=None):
         "--dry_run", action="store_true", help="check all, say what is to be done, and stop"
     )
     args = parser.parse_args(argv)
-    try:
-        return _run(args)
-    except (ValueError, OSError) as error:
-        print(f"sweep: {told(error)}", file=sys.stderr)
-        return runtime.EXIT_ERROR
+    return runtime.command("sweep", _run, args)
 
 
 def _run(args):
