@@ -51,7 +51,7 @@ class MetricLog:
         self._total, self._every, self._first = total_steps, every, start_step
         self._interval, self._pending = [], None
         self._ahead = collections.deque()
-        self._mark = (time.perf_counter(), start_step)
+        self._mark, self._begun = (time.perf_counter(), start_step), None
         self._waited, self._warned = 0.0, set()
 
     def waiting(self, seconds):
@@ -60,6 +60,7 @@ class MetricLog:
 
     def train(self, step, metrics):
         """Take the device arrays of ``step``; at an interval's end, write the one before."""
+        self._begun = self._begun or (time.perf_counter(), step)
         self._interval.append((step, metrics))
         self._ahead.append(metrics)
         if len(self._ahead) > _MOST_AHEAD:
@@ -110,10 +111,12 @@ class MetricLog:
     def _roll(self):
         now, step = time.perf_counter(), self._interval[-1][0]
         elapsed, steps = now - self._mark[0], step - self._mark[1]
+        # Since the first step was under way: without compilation, with its part of validation.
+        since, done = now - self._begun[0], step - self._begun[1]
         times = {
             "time/steps_per_s": steps / elapsed,
             "time/wait_share": min(1.0, self._waited / elapsed),
-            "time/left_s": (self._total - step) * elapsed / steps,
+            "time/left_s": (self._total - step) * (since / done if done else elapsed / steps),
         }
         self._mark, self._waited = (now, step), 0.0
         previous, self._interval = (self._interval, times), []

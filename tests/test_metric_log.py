@@ -6,6 +6,7 @@ import logging
 import jax.numpy as jnp
 import pytest
 
+from masm_jax import metric_log
 from masm_jax.metric_log import MetricLog, NonFinite
 
 
@@ -70,14 +71,21 @@ def test_nothing_is_fetched_before_it_is_written(make_log):
         log.train(step, {"train/loss": Late()})
 
 
-def test_a_line_has_speed_waiting_and_the_time_left(make_log, tmp_path):
+def test_a_line_has_speed_waiting_and_the_time_left(make_log, tmp_path, monkeypatch):
+    """Compilation is no measure of what is left; validation, which comes again, is in its share."""
+    now = [0]
+    monkeypatch.setattr(metric_log.time, "perf_counter", lambda: now[0])
     log = make_log(total_steps=10, every=2)
     log.waiting(1e9)
-    for step in (1, 2):
+    for step, seconds in ((1, 100), (2, 101), (3, 112), (4, 113)):
+        now[0] = seconds
         log.train(step, values(step))
-    (line,) = lines(tmp_path)
-    assert line["time/steps_per_s"] > 0 and line["time/wait_share"] == 1
-    assert line["time/left_s"] == pytest.approx(8 / line["time/steps_per_s"])
+    log.flush()
+    first, second = lines(tmp_path)
+    assert first["time/steps_per_s"] == pytest.approx(2 / 101) and first["time/wait_share"] == 1
+    assert first["time/left_s"] == pytest.approx(8 * 1)
+    assert second["time/steps_per_s"] == pytest.approx(2 / 12) and second["time/wait_share"] == 0
+    assert second["time/left_s"] == pytest.approx(6 * 13 / 3)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
