@@ -111,6 +111,9 @@ def evaluate(workdir, output, roll):
     trained = trained_on(workdir, config, records, cases) if _SPLIT.value != "train" else []
     if trained:
         log.warning("%d of %d cases were trained on", len(trained), len(cases))
+    tuned = sorted(set(config_lib.tuned_on(workdir)) & set(cases))
+    if tuned:
+        log.warning("on %d of %d cases masm_jax.tune has chosen rules", len(tuned), len(cases))
     metas = _metas(records, cases)
     asked = {"labels": _LABELS.value, "description": _DESCRIPTION.value}
     references = reference.find(_REFERENCE.value, cases, records, metas, meta, **asked)
@@ -161,7 +164,7 @@ def evaluate(workdir, output, roll):
         "infer": config_lib.to_dict(config.infer),
         "evaluation": config_lib.to_dict(config.evaluation),
         "trained_on": trained,
-        "tuned_on": sorted(set(config_lib.tuned_on(workdir)) & set(cases)),
+        "tuned_on": tuned,
     }
     clock = Clock()
     summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}

@@ -35,7 +35,9 @@ from masm_jax.steps import eval_step, segment_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
-_CPU_DEVICES = flags.DEFINE_integer("cpu_devices", 0, "Force this many CPU devices (for trials).")
+_CPU_DEVICES = flags.DEFINE_integer(
+    "cpu_devices", 0, "Force this many CPU devices (for trials).", lower_bound=0
+)
 _CONFIG_CHANGE = flags.DEFINE_enum(
     "config_change",
     "refuse",

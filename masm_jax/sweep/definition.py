@@ -96,7 +96,11 @@ class Sweep:
         for row in self.rows:
             config = self.config(Run(row, self.seeds[0]))
             place = config.data.records
-            known[place] = known.get(place) or records_lib.Records(place)
+            try:
+                known[place] = known.get(place) or records_lib.Records(place)
+            except ValueError as error:
+                made = "; `make sweep-records` makes those of the sweeps on coarse phantoms"
+                raise ValueError(f"{error}{made}") from error
             with _naming(f"sweep {self.name}, row {row}"):
                 config_lib.validate_records(config, known[place])
                 data = config.data
