@@ -111,14 +111,17 @@ def check_output(folder: str | os.PathLike, *, flag: str = "--output") -> None:
     """See that what ``flag`` names can be a folder, before hours of work go into it.
 
     Raises:
-        ValueError: it, or what it should be in, is a file or cannot be written to.
+        ValueError: it, or what it should be in, is a file.
+        OSError: it cannot be written to.
     """
     for place in (as_path(folder), *as_path(folder).parents):
         if place.exists():
             if not place.is_dir():
                 raise ValueError(f"{flag}={folder}: {place} is a file; name a folder")
             if not is_remote(place) and not os.access(place, os.W_OK | os.X_OK):
-                raise ValueError(f"{flag}={folder}: {place} cannot be written to; {_RIGHTS}")
+                read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+                code = errno.EROFS if read_only else errno.EACCES
+                raise OSError(code, os.strerror(code), str(place))
             return
 
 

@@ -87,9 +87,13 @@ def _judge_scans(kind, seed, sandbox):
         thread.start()
     said, worst = [], HANDLED
     spacing = (None, 1.0)[seed % 2]
-    for run in (_prepare, _predict):
+    # What predict makes of a case does not depend on a segmentation that lies there.
+    good = Case.good(np.random.default_rng([seed, *kind.encode()]))
+    scans_are_good = _scans(case) == _scans(good) and not flags
+    of_scans = EITHER if expected == FAILS and scans_are_good else expected
+    for run, wanted in ((_prepare, expected), (_predict, of_scans)):
         base = _peak(reset=True)
-        outcome, text = _ran(run, raw, out, flags, spacing, expected, str(sandbox))
+        outcome, text = _ran(run, raw, out, flags, spacing, wanted, str(sandbox))
         if _peak() - base > LIMIT:
             outcome = "MEMORY"
         outcome = _left(out, outcome) or outcome
@@ -101,6 +105,10 @@ def _judge_scans(kind, seed, sandbox):
     if gone or _outside(sandbox, out) - before or (out / "keep.txt").read_text() != "mine":
         worst = "ESCAPED"
     return worst, "\n".join(said)
+
+
+def _scans(case):
+    return {path: content for path, content in case.files.items() if "_seg" not in path}
 
 
 def _ran(run, raw, out, flags, spacing, expected, place):
