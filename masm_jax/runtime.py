@@ -145,8 +145,10 @@ def parse_flags(argv):
             )
     except (SyntaxError, NameError, ImportError) as error:  # it is a program
         problem = f"the file of --config cannot be run: {type(error).__name__}: {error}"
-    except SystemExit:  # after --help, which absl takes for an error
-        sys.exit(0)
+    except SystemExit:
+        if not any(re.fullmatch("--?help(full|short|xml)?", word) for word in argv):
+            raise  # of a config file
+        sys.exit(0)  # absl takes it for an error
     if problem:
         print(f"{pathlib.Path(argv[0]).name}: {' '.join(problem.split())}", file=sys.stderr)
         sys.exit(EXIT_USAGE)

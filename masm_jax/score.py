@@ -172,7 +172,7 @@ def _run(arguments):
         tolerance=arguments.tolerance, styles=styles,
     )  # fmt: skip
     if not todo:
-        names = ", ".join(str(path.name) for path in others[:3]) or "no NIfTI file"
+        names = ", ".join(path.name for path in others[:3]) or "no NIfTI file"
         raise ValueError(
             f"{arguments.predictions} has {names}, --reference={arguments.reference} the cases "
             f"{', '.join(missing[:3])}: expected CASE.nii.gz of those"

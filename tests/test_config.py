@@ -224,6 +224,8 @@ def test_records_of_another_spacing_are_refused():
     with pytest.raises(ValueError, match="of the scans"):
         config_lib.validate_records(config, records(spacing=None))
     config_lib.validate_records(config, records(spacing=1.0))
+    with pytest.raises(ValueError, match="infer.present names t9: the records have t1, "):
+        config_lib.validate_records(changed("infer.present", ("t9",)), records(spacing=1.0))
     config_lib.validate_records(changed("data.spacing", 0.0), records())
 
 

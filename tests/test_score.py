@@ -74,6 +74,20 @@ def test_other_names_and_values_of_the_same_are_perfect(phantoms, tmp_path):
     assert "1+2+3" in summary["labels"]["predictions"][0].replace("2+1", "1+2")
 
 
+def test_a_last_axis_of_length_one_is_none(phantoms, predictions, tmp_path):
+    """On either side."""
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    for case in CASES:
+        image = nib.load(predictions / f"{case}.nii.gz")
+        longer = nib.Nifti1Image(np.asarray(image.dataobj)[..., None], image.affine)
+        nib.save(longer, reference / f"{case}_seg.nii.gz")
+    scored(predictions, reference, tmp_path / "one")
+    scored(reference, predictions, tmp_path / "other")
+    for name in ("one", "other"):
+        assert set(dice_of(tmp_path / name).values()) == {1.0}
+
+
 def test_what_fails_is_named_and_the_rest_is_scored(phantoms, predictions, tmp_path, capsys):
     (predictions / f"{CASES[0]}.nii.gz").unlink()
     image = nib.load(predictions / f"{CASES[1]}.nii.gz")

@@ -27,12 +27,13 @@ import time
 import jax
 
 from masm_jax import config as config_lib
-from masm_jax import config_file, files, runtime
+from masm_jax import config_file, runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
 from masm_jax.benchmark.study import OURS, Budget, Fold, Run, Study
 from masm_jax.commands import REPOSITORY, Stopped
 from masm_jax.data import records as records_lib
-from masm_jax.files import check_output, replacing
+from masm_jax.files import check_output, read_json, replacing
+from masm_jax.inference.volume import check_task
 
 FIXED = (  # not for --set
     "seed", "total_steps", "stop_at_step", "data.records", "data.split", "model.mixers",
@@ -235,13 +236,10 @@ def _folds(args, output, config):
         )
     if args.test_records:
         tested = records_lib.Records(args.test_records)
-        for key in ("modalities", "regions", "spacing"):
-            ours, theirs = getattr(records, key), getattr(tested, key)
-            if ours != theirs:
-                raise ValueError(
-                    f"--test_records={args.test_records} has {key} {theirs}, --records={ours}: "
-                    f"expected records of the same task, prepared alike"
-                )
+        check_task(
+            vars(records), modalities=tested.modalities, regions=tested.regions,
+            spacing=tested.spacing, where=f"--test_records={args.test_records}",
+        )  # fmt: skip
         unlabelled = [case for case in tested.cases if tested.label(case) is None]
         if unlabelled or not tested.cases:
             raise ValueError(
@@ -279,6 +277,12 @@ def _folds(args, output, config):
     return [Fold(f"fold-{number}", rule) for number, rule in enumerate(rules)], held
 
 
+def _short(value, most=200):
+    """As text; of a thousand cases the first."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
 def _study(args, output, folds, cases):
     """The study of a folder, if what is there is of the same."""
     about = {
@@ -290,9 +294,9 @@ def _study(args, output, folds, cases):
     }
     file, described = output / "study.json", about | {"folds": [fold.rule for fold in folds]}
     described["cases"] = cases  # seeds that are added later are paired with those that are there
-    old = files.read_json(file, "name another --output") if file.is_file() else described
+    old = read_json(file, "name another --output") if file.is_file() else described
     changed = [
-        f"{key}: {old[key]} -> {value}"
+        f"{key}: {_short(old[key])} -> {_short(value)}"
         for key, value in described.items() if key in old and old[key] != value
     ]  # fmt: skip
     if changed:

@@ -145,9 +145,12 @@ def description(path: Path | str) -> str:
 
 
 def grid(path: Path | str) -> tuple[tuple[int, ...], np.ndarray]:
-    """Returns the shape and the (4, 4) affine of a file, whose voxels are not read."""
+    """Returns the shape and affine that ``read`` gives of a file, whose voxels are not read."""
     header, affine = _geometry(Path(path))
-    return tuple(map(int, header.get_data_shape())), affine
+    shape = tuple(map(int, header.get_data_shape()))
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape, affine
 
 
 def orientation(affine: np.ndarray) -> str:

@@ -232,16 +232,11 @@ def restore_run(workdir, *, which, mesh, given=()):
     task = checkpoints.task()
     config_lib.check_thresholds(config, task["regions"])
     if config.infer.present and not config.data.modality_dropout:
-        _log.warning(
-            "infer.present = %s: %s has never lost a modality in training "
-            "(data.modality_dropout = 0); without some it may find anything",
-            ", ".join(config.infer.present), workdir,
-        )  # fmt: skip
+        said = "infer.present leaves modalities out, and %s has never lost one in training"
+        _log.warning(f"{said} (data.modality_dropout = 0): it may find anything", workdir)
     if tuned := config_lib.tuned_on(workdir):
-        _log.info(
-            "%s: rules of infer.json, which masm_jax.tune has chosen on %d cases; delete it to "
-            "have those of the config", workdir, len(tuned),
-        )  # fmt: skip
+        said = "%s: rules of infer.json, chosen by masm_jax.tune on %d cases, not the config's"
+        _log.info(said, workdir, len(tuned))
     regions = task["regions"]
     network = Network(config, modalities=task["modalities"], regions=regions, mesh=mesh)
     target = checkpoint.with_sharding(abstract_state(network), sharding.replicated(mesh))

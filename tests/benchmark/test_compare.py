@@ -134,9 +134,11 @@ def quick_training():
         (["--rounds=0"], "--rounds=0"),
         (["--threads=4096"], "--threads=4096"),
         (["--config=none.py"], "none.py"),
+        (["--device=cuda"], "--device=cuda: no driver of a GPU here (none of /no/driver)"),
     ],
 )
-def test_wrong_flags_are_one_line(words, said, tmp_path, capsys):
+def test_wrong_flags_are_one_line(words, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compare, "_DRIVERS", ("/no/driver",))
     assert main(["compare", f"--output={tmp_path}", *words]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
