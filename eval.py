@@ -120,7 +120,7 @@ def evaluate(workdir, output, roll):
     views = _view_spacing(records, metas.values())
     (output / "predictions").mkdir(parents=True, exist_ok=True)
     if first:
-        gallery.clear(output)
+        gallery.clear_views(output)
     roll.agree("the cases", {"step": meta["step"], "cases": cases})
     log.info("step %d of %s, %d cases, %s", meta["step"], workdir, len(cases), jax.devices()[0])
 
@@ -128,7 +128,8 @@ def evaluate(workdir, output, roll):
     # Segmented here, on the device, while worker processes compare the cases before.
     rows, lesions, failed, grids, took = [], [], {}, set(), []
     own = cases[jax.process_index() :: jax.process_count()]
-    jobs = _segmented(segmenter, records, own, references, output, failed, config.evaluation, views)
+    new = _segmented(segmenter, records, own, references, output, failed, config.evaluation, views)
+    jobs = _replacing(new, output) if first else new
     began = time.perf_counter()
     try:
         for scored in in_order(scoring.score, jobs, workers=_WORKERS.value, needs="1 GB"):
@@ -168,7 +169,10 @@ def evaluate(workdir, output, roll):
     }
     clock = Clock()
     summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
-    tables.write_summary_json(output / "summary.json", summary)
+    if rows:
+        gallery.clear(output)
+    if rows or not (output / "metrics.csv").is_file():  # else an earlier evaluation's all stand
+        tables.write_summary_json(output / "summary.json", summary)
     if rows:
         with clock.stage("writing"):
             tables.write_metrics_csv(output / "metrics.csv", rows)
@@ -198,6 +202,15 @@ def evaluate(workdir, output, roll):
     for case, reason in failed.items():
         print(f"failed: {of_case(case, str(reason))}", file=sys.stderr)
     return runtime.EXIT_SOME_FAILED if failed else 0
+
+
+def _replacing(segmented, output):
+    """``segmented``; what an earlier evaluation says there goes with the first case, not before:
+    where no case can be segmented (no memory, say) all of it is still there and still true."""
+    for number, job in enumerate(segmented):
+        if number == 0:
+            gallery.clear(output)
+        yield job
 
 
 def _together(roll, found, cases):

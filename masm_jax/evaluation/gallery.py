@@ -91,15 +91,19 @@ def write(
         about=_about(summary),
         notes=_notes(summary, records, rows, pruned),
     )
-    shutil.rmtree(output / _VIEWS, ignore_errors=True)
+    clear_views(output)
 
 
 def clear(output: pathlib.Path) -> None:
-    """Remove what an earlier evaluation has left there and this one may not write again."""
+    """Remove what an earlier evaluation says there of predictions that are about to be replaced."""
     for name in ("report.html", "metrics.csv", "lesions.csv", "summary.json", "seconds.json"):
         (output / name).unlink(missing_ok=True)
-    for name in ("figures", _VIEWS):
-        shutil.rmtree(output / name, ignore_errors=True)
+    shutil.rmtree(output / "figures", ignore_errors=True)
+
+
+def clear_views(output: pathlib.Path) -> None:
+    """Remove the scans that an evaluation which was stopped has left for its report."""
+    shutil.rmtree(output / _VIEWS, ignore_errors=True)
 
 
 def _case(output, which, case, rows):

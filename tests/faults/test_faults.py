@@ -59,6 +59,20 @@ def test_a_case_that_finds_no_room_does_not_stop_the_others(
     assert (tmp_path / "out" / "Second.nii.gz").is_file()
 
 
+def test_where_no_case_can_be_segmented_the_earlier_evaluation_stands(tmp_path, monkeypatch, capsys):
+    def no_room(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
+
+    runs.make(tmp_path)
+    assert runs.evaluate(tmp_path, tmp_path / "eval", ["--split=all"]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "eval").rglob("*") if path.is_file()}
+    assert tmp_path / "eval" / "report.html" in before
+    monkeypatch.setattr(runs.Network, "probabilities", no_room)
+    assert runs.evaluate(tmp_path, tmp_path / "eval", ["--split=all"]) == 3
+    assert "9 GiB" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "eval").rglob("*") if p.is_file()}
+
+
 def test_a_report_that_cannot_be_drawn_does_not_hide_the_scores(tmp_path, monkeypatch, capsys):
     def no_room(*_, **__):
         raise MemoryError("Unable to allocate 3.1 GiB")
