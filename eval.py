@@ -25,8 +25,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from masm_jax import config as config_lib
-from masm_jax import processes, runtime
+from masm_jax import processes, run_config, runtime
 from masm_jax.data import nifti
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import gallery, mosaics, reference, report, scoring, tables
@@ -101,7 +100,7 @@ def evaluate(workdir, output, roll):
             f"--loader={_LOADER.value}: {error}; expected a module with load_run"
         ) from error
     segmenter, meta = load_run(workdir, which=_CHECKPOINT.value, given=_SET.value)
-    config = config_lib.load(workdir, _SET.value)
+    config = run_config.load(workdir, _SET.value)
     records = records_lib.Records(_RECORDS.value or config.data.records)
     check_task(
         meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
@@ -111,7 +110,7 @@ def evaluate(workdir, output, roll):
     trained = trained_on(workdir, config, records, cases) if _SPLIT.value != "train" else []
     if trained:
         log.warning("%d of %d cases were trained on", len(trained), len(cases))
-    tuned = sorted(set(config_lib.tuned_on(workdir)) & set(cases))
+    tuned = sorted(set(run_config.tuned_on(workdir)) & set(cases))
     if tuned:
         log.warning("on %d of %d cases masm_jax.tune has chosen rules", len(tuned), len(cases))
     metas = _metas(records, cases)
@@ -162,8 +161,8 @@ def evaluate(workdir, output, roll):
         "checkpoint": _CHECKPOINT.value,
         "grid": sorted(grids),
         "failed": {case: str(reason) for case, reason in failed.items()},
-        "infer": config_lib.to_dict(config.infer),
-        "evaluation": config_lib.to_dict(config.evaluation),
+        "infer": run_config.to_dict(config.infer),
+        "evaluation": run_config.to_dict(config.evaluation),
         "trained_on": trained,
         "tuned_on": tuned,
     }
@@ -186,7 +185,7 @@ def evaluate(workdir, output, roll):
                     summary=summary,
                     rows=rows,
                     lesions=lesions,
-                    config=config_lib.to_dict(config),
+                    config=run_config.to_dict(config),
                     kept=_kept(segmenter, records),
                     learnt=_learnt(segmenter),
                 )

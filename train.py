@@ -20,7 +20,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from masm_jax import checkpoint, locks, processes, runtime, sharding
+from masm_jax import checkpoint, locks, processes, run_config, runtime, sharding
 from masm_jax import config as config_lib
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
@@ -66,7 +66,7 @@ def train(config, workdir, roll):
     mesh = sharding.make_mesh(data=config.mesh.data, spatial=config.mesh.spatial)
     network = Network(config, modalities=records.modalities, regions=records.regions, mesh=mesh)
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
-    roll.agree("the config", config_lib.to_dict(config))
+    roll.agree("the config", run_config.to_dict(config))
     roll.agree("the records", _fingerprint(records, split))
     abstract = abstract_state(network)
     plan = Plan(config, network, mesh, cases=len(split["train"]))
@@ -98,7 +98,7 @@ def train(config, workdir, roll):
         params = sharding.everywhere(mesh, from_monai.start(network))
         state = jax.jit(partial(init_state, network), out_shardings=everywhere)(params)
     if first:
-        config_lib.save(config, workdir)
+        run_config.save(config, workdir)
         with replacing(workdir / "split.json") as temporary:
             temporary.write_text(json.dumps(split, indent=2) + "\n")
 
@@ -222,8 +222,8 @@ def _refuse_another(workdir, config, split, *, started):
     """Where the folder holds a checkpoint, see that it is of this config and these cases."""
     if not started:
         return
-    old = config_lib.to_dict(config_lib.load(workdir))
-    changes = config_lib.differences(old, config_lib.to_dict(config))
+    old = run_config.to_dict(run_config.load(workdir))
+    changes = run_config.differences(old, run_config.to_dict(config))
     if records_lib.read_split(workdir) != split:
         changes.append("data.split: gives other cases than split.json has; were records added?")
     if changes and _CONFIG_CHANGE.value != "accept":

@@ -22,8 +22,7 @@ import time
 
 import numpy as np
 
-from masm_jax import config as config_lib
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import diagnosis_page, findings, tables
@@ -61,7 +60,7 @@ def _run(args):
     workdir = as_path(args.run)
     output = pathlib.Path(args.output or workdir / "diagnose")
     check_output(output)
-    config = config_lib.load(workdir)
+    config = run_config.load(workdir)
     segmenter, meta = load_run(workdir)
     segmenter = getattr(segmenter, "segmenters", [segmenter])[0]  # of several runs the first
     records = records_lib.Records(args.records or config.data.records)

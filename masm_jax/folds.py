@@ -16,8 +16,7 @@ import json
 import pathlib
 import sys
 
-from masm_jax import config as config_lib
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records
 from masm_jax.evaluation import tables
@@ -41,7 +40,7 @@ def gather(runs):
     """
     rows, lesions, failed, seen, first, evaluated = [], [], {}, {}, None, None
     for run in map(pathlib.Path, runs):
-        config = config_lib.to_dict(config_lib.load(run))
+        config = run_config.to_dict(run_config.load(run))
         split = records.read_split(run)
         own = set(split["train"]) | set(split["val"])
         first = first or (run, config, own)
@@ -119,7 +118,7 @@ def _run(args):
 
 def _check_like(run, config, cases, first):
     other, expected, its_cases = first
-    changes = config_lib.differences(expected, config)
+    changes = run_config.differences(expected, config)
     changes = [line for line in changes if not line.startswith(DIFFER)]
     if changes:
         listed = "\n  ".join(changes)

@@ -21,8 +21,7 @@ import time
 import matplotlib.figure
 import numpy as np
 
-from masm_jax import compare, runtime
-from masm_jax import config as config_lib
+from masm_jax import compare, run_config, runtime
 from masm_jax.arguments import Parser
 from masm_jax.benchmark.accuracy_report import interval_words
 from masm_jax.data import records as records_lib
@@ -59,7 +58,7 @@ def main(argv=None):
 def _run(args):
     check_output(args.output)
     groups, segmenters = {name: runs(name) for name in args.workdir}, {}
-    configs = {run: config_lib.load(run) for run in itertools.chain(*groups.values())}
+    configs = {run: run_config.load(run) for run in itertools.chain(*groups.values())}
     records = _records(args, configs)
     for workdir in configs:
         segmenter, meta = load_run(workdir)

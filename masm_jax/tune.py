@@ -23,8 +23,7 @@ import types
 
 import numpy as np
 
-from masm_jax import config as config_lib
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.arguments import Parser
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
@@ -151,13 +150,13 @@ def _tune(args):
     cases, mirrored, infer, names = [], [], None, []
     for workdir in map(pathlib.Path, args.workdir):
         segmenter, meta = load_run(workdir, which=args.checkpoint)
-        config = config_lib.load(workdir, tuned=False)  # not what was chosen before
+        config = run_config.load(workdir, tuned=False)  # not what was chosen before
         names = list(segmenter.settings.regions)
-        own = {key: config_lib.to_dict(config.infer)[key] for key in _RULES}
+        own = {key: run_config.to_dict(config.infer)[key] for key in _RULES}
         if infer not in (None, own):
             raise ValueError(
                 f"{workdir}: infer is {own}, of {args.workdir[0]} {infer}; expected folds that "
-                f"differ in nothing but their cases; delete {config_lib.TUNED} from all of them"
+                f"differ in nothing but their cases; delete {run_config.TUNED} from all of them"
             )
         infer = own
         records = records_lib.Records(args.records or config.data.records)
@@ -213,9 +212,9 @@ def _tune(args):
         "date": datetime.date.today().isoformat(),
     }
     for workdir in map(pathlib.Path, args.workdir):
-        with replacing(workdir / config_lib.TUNED) as temporary:
+        with replacing(workdir / run_config.TUNED) as temporary:
             temporary.write_text(json.dumps(tables.finite(result), indent=2) + "\n")
-        print(f"written: {workdir / config_lib.TUNED}; delete it to go back to the config")
+        print(f"written: {workdir / run_config.TUNED}; delete it to go back to the config")
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from configs import masm_brats, masm_demo
 from masm_jax import config as config_lib
+from masm_jax import run_config
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.models.sizes import SIZES
 from masm_jax.state import Network, abstract_state, num_parameters
@@ -93,11 +94,11 @@ def test_a_patch_of_three_edges_builds(size, mixers):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_configs_differ_in_what_they_say_they_differ_in(name):
-    base, other = (config_lib.to_dict(c) for c in (masm_brats.get_config(), named(name)))
-    keys = {line.split(":")[0] for line in config_lib.differences(base, other)}
+    base, other = (run_config.to_dict(c) for c in (masm_brats.get_config(), named(name)))
+    keys = {line.split(":")[0] for line in run_config.differences(base, other)}
     if name.endswith("_brats"):
         assert keys <= {"model.mixers", "model.backbone"}
-    assert config_lib.differences(other, other) == []
+    assert run_config.differences(other, other) == []
 
 
 @pytest.mark.parametrize("name", ["masm_brats", "aware_brats", "shift_brats"])
@@ -249,7 +250,7 @@ def test_inference_can_be_set_on_the_command_line():
     config = masm_brats.get_config().lock()
     given = ["infer.flips=(0,1)", "infer.threshold=0.4", "infer.overlap=0", "infer.fill_holes=True"]
     given.append("infer.present=t1ce,flair")
-    config_lib.override(config, given)
+    run_config.override(config, given)
     assert config.infer.flips == (0, 1) and config.infer.threshold == (0.4,)
     assert config.infer.overlap == 0.0 and config.infer.fill_holes is True
     assert config.infer.present == ("t1ce", "flair")
@@ -269,17 +270,17 @@ def test_inference_can_be_set_on_the_command_line():
 )
 def test_what_cannot_be_set_is_said(given, words):
     with pytest.raises(ValueError, match=words):
-        config_lib.override(masm_brats.get_config().lock(), [given])
+        run_config.override(masm_brats.get_config().lock(), [given])
 
 
 def test_tuned_values_are_taken_unless_set(tmp_path):
-    config_lib.save(masm_brats.get_config(), tmp_path)
+    run_config.save(masm_brats.get_config(), tmp_path)
     (tmp_path / "infer.json").write_text('{"infer": {"threshold": [0.4], "minimum_ml": 0.3}}')
-    config = config_lib.load(tmp_path, given=["infer.minimum_ml=0"])
+    config = run_config.load(tmp_path, given=["infer.minimum_ml=0"])
     assert tuple(config.infer.threshold) == (0.4,) and config.infer.minimum_ml == 0.0
     (tmp_path / "infer.json").write_text('{"infer": {"treshold": [0.4]}}')
     with pytest.raises(ValueError, match="infer.json.*no such key"):
-        config_lib.load(tmp_path)
+        run_config.load(tmp_path)
 
 
 # ---------------------------------------------------------------- JSON and changes
@@ -293,11 +294,11 @@ def test_the_way_through_json_keeps_the_network(key, tmp_path):
     config.model.mixers = ("aware", "concat", "concat", "concat", "concat", "shift")
     if key:
         changed(key, values[key], config)
-    config_lib.save(config, tmp_path)
-    loaded = config_lib.load(tmp_path)
+    run_config.save(config, tmp_path)
+    loaded = run_config.load(tmp_path)
     config_lib.validate(loaded)
-    assert config_lib.to_dict(loaded) == config_lib.to_dict(config)
-    assert config_lib.differences(config_lib.to_dict(config), config_lib.to_dict(loaded)) == []
+    assert run_config.to_dict(loaded) == run_config.to_dict(config)
+    assert run_config.differences(run_config.to_dict(config), run_config.to_dict(loaded)) == []
     states = [
         abstract_state(Network(c, modalities=MODALITIES, regions=REGIONS)) for c in (config, loaded)
     ]
@@ -309,66 +310,66 @@ def test_the_way_through_json_keeps_the_network(key, tmp_path):
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="config.json does not exist.*train.py"):
-        config_lib.load(tmp_path)
+        run_config.load(tmp_path)
 
 
 @pytest.mark.parametrize("section, key", [("infer", "minimum_ml"), ("optim", "mixer_rate")])
 def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, key):
-    values = config_lib.to_dict(masm_brats.get_config())
+    values = run_config.to_dict(masm_brats.get_config())
     del values[section][key]
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=f"config.json lacks a key.*{key}.*configs/masm_brats.py"):
-        config_lib.load(tmp_path)
+        run_config.load(tmp_path)
 
 
 def test_a_run_from_before_a_key_goes_on(tmp_path):
-    values = config_lib.to_dict(masm_brats.get_config())
+    values = run_config.to_dict(masm_brats.get_config())
     del values["model"]["detail"]
     (tmp_path / "config.json").write_text(json.dumps(values))
-    loaded = config_lib.load(tmp_path)
+    loaded = run_config.load(tmp_path)
     assert loaded.model.detail == 0
-    assert not config_lib.differences(values, config_lib.to_dict(loaded))
+    assert not run_config.differences(values, run_config.to_dict(loaded))
     loaded.model.detail = 8
-    changed = config_lib.differences(values, config_lib.to_dict(loaded))
+    changed = run_config.differences(values, run_config.to_dict(loaded))
     assert changed == ["model.detail: 0 -> 8"]
 
 
 def test_a_damaged_config_names_the_file(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(ValueError, match="config.json: "):
-        config_lib.load(tmp_path)
+        run_config.load(tmp_path)
 
 
 def test_differences_are_listed_with_both_values():
     old, new = masm_brats.get_config(), masm_brats.get_config()
     new.model.mixers = ()
     new.optim.learning_rate = 0.5
-    lines = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(new))
+    lines = run_config.differences(run_config.to_dict(old), run_config.to_dict(new))
     assert len(lines) == 2
     assert lines[0].startswith("model.mixers: ['aware'") and lines[0].endswith("-> []")
     assert lines[1] == "optim.learning_rate: 0.001 -> 0.5"
 
 
 def test_what_is_free_to_change_is_not_listed():
-    old = config_lib.to_dict(masm_brats.get_config())
+    old = run_config.to_dict(masm_brats.get_config())
     new = json.loads(json.dumps(old))
     new["stop_at_step"] = 7
     new["data"] |= {"records": "/elsewhere", "workers": 4}
     new["mesh"] = {"data": 2, "spatial": 4}
     for section in ("log", "infer"):
         new[section] = dict.fromkeys(new[section], "other")
-    assert config_lib.differences(old, new) == []
+    assert run_config.differences(old, new) == []
     for section, key in (("data", "spacing"), ("data", "split"), ("data", "foreground")):
         other = json.loads(json.dumps(old))
         other[section][key] = "other"
-        assert [f"{section}.{key}" in line for line in config_lib.differences(old, other)] == [True]
+        assert [f"{section}.{key}" in line for line in run_config.differences(old, other)] == [True]
 
 
 def test_a_key_that_only_one_of_them_has_is_a_difference():
-    old = config_lib.to_dict(masm_brats.get_config())
+    old = run_config.to_dict(masm_brats.get_config())
     new = json.loads(json.dumps(old))
     del new["optim"]["mixer_rate"]
-    assert config_lib.differences(old, new) == ["optim.mixer_rate: 1.0 -> None"]
+    assert run_config.differences(old, new) == ["optim.mixer_rate: 1.0 -> None"]
 
 
 @pytest.mark.parametrize("key, value", [("model.pruning", "none"), ("model.mixers", ())])

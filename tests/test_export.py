@@ -12,8 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from masm_jax import config as config_lib
-from masm_jax import export, sharding
+from masm_jax import export, run_config, sharding
 from masm_jax.checkpoint import Checkpoints
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.files import replacing_folder
@@ -39,7 +38,7 @@ def run(make_config, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "run"
     rules = {"infer.threshold": (0.02, 0.015, 0.018)}
     config = make_config(**{"model.mixers": MIXERS, "model.detail": 4} | rules)
-    config_lib.save(config, workdir)
+    run_config.save(config, workdir)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
     params = network.init(0)
     meta = {"modalities": MODALITIES, "regions": REGIONS, "spacing": 8.0}
@@ -121,7 +120,8 @@ def phantom(command, tmp_path_factory):
 BLOCKED = """
 import sys
 for name in ("configs", "flax", "ml_collections", "optax", "orbax", "grain", "tensorboardX",
-             "masm_jax.models", "masm_jax.config", "masm_jax.state", "masm_jax.checkpoint"):
+             "masm_jax.models", "masm_jax.config", "masm_jax.run_config", "masm_jax.state",
+             "masm_jax.checkpoint"):
     sys.modules[name] = None
 from masm_jax import predict
 sys.exit(predict.main(sys.argv[1:]))
@@ -169,7 +169,7 @@ def test_the_folder_explains_itself(folder, run):
 
 
 def test_weights_are_the_averaged_ones_without_pickle(folder, run):
-    network = Network(config_lib.load(run), modalities=MODALITIES, regions=REGIONS)
+    network = Network(run_config.load(run), modalities=MODALITIES, regions=REGIONS)
     expected = export.by_name(noisy(network.init(0), 2))
     with np.load(folder / "weights.npz", allow_pickle=False) as weights:
         assert set(weights) == set(expected)

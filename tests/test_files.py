@@ -7,7 +7,7 @@ import pytest
 from etils.epath import backend
 
 from configs import masm_demo
-from masm_jax import config as config_lib
+from masm_jax import run_config
 from masm_jax.evaluation import pictures
 from masm_jax.files import as_path, is_remote, replacing
 from masm_jax.metric_log import MetricLog
@@ -48,8 +48,8 @@ def test_half_a_file_is_never_there(bucket):
 
 def test_config_and_log_of_a_run_in_a_bucket(bucket):
     config = masm_demo.get_config()
-    config_lib.save(config, bucket)
-    assert config_lib.to_dict(config_lib.load(bucket)) == config_lib.to_dict(config)
+    run_config.save(config, bucket)
+    assert run_config.to_dict(run_config.load(bucket)) == run_config.to_dict(config)
     log = MetricLog(bucket, total_steps=6, start_step=0, every=1)
     for step in range(1, 4):
         names = ("train/loss", "train/dice_loss", "train/learning_rate")

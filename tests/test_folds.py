@@ -5,8 +5,7 @@ import json
 import pytest
 
 from configs import masm_demo
-from masm_jax import compare, folds
-from masm_jax import config as config_lib
+from masm_jax import compare, folds, run_config
 from masm_jax.data.records import split
 from masm_jax.evaluation import tables
 
@@ -26,7 +25,7 @@ def make(run, fold, *, cases=CASES, seed=0, **changes):
     run.mkdir()
     config = masm_demo.get_config()
     config.update_from_flattened_dict({"data.split": f"{fold}/3", "seed": fold} | changes)
-    config_lib.save(config, run)
+    run_config.save(config, run)
     own = split(cases, f"{fold}/3", seed)
     (run / "split.json").write_text(json.dumps(own))
     rows = [

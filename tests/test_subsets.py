@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from configs import masm_demo
-from masm_jax import config as config_lib
-from masm_jax import subsets
+from masm_jax import run_config, subsets
 from tests.faults import runs as fault_runs
 
 
@@ -87,7 +86,7 @@ def measured(tmp_path, monkeypatch):
     for run, records in (("run", "records"), ("other", "other_records")):
         config = masm_demo.get_config()
         config.data.records = str(tmp_path / records)
-        config_lib.save(config, tmp_path / run)
+        run_config.save(config, tmp_path / run)
     monkeypatch.setattr(subsets, "load_run", fault_runs.load_run)
 
     def run(*flags):

@@ -11,8 +11,7 @@ import pytest
 from absl import flags as absl_flags
 from ml_collections import config_flags
 
-from masm_jax import commands, config_file, runtime
-from masm_jax import config as config_lib
+from masm_jax import commands, config_file, run_config, runtime
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.evaluation import tables
 from masm_jax.locks import Lock
@@ -80,14 +79,14 @@ def trained(flags, folder):
     given = [f"{key.removeprefix('config.')}={value}" for key, value in flags.items()
              if key.startswith("config.")]  # fmt: skip
     config = config_file.load_config(flags["config"], given)
-    config_lib.save(config, flags["workdir"])
+    run_config.save(config, flags["workdir"])
     lines = [{"step": step, "time/steps_per_s": 0.5, "train/keep/level1": 0.8} for step in (2, 4)]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
 
 
 def evaluated(flags, folder):
     """What eval.py leaves."""
-    config = config_lib.to_dict(config_lib.load(folder))
+    config = run_config.to_dict(run_config.load(folder))
     summary = {"step": config["total_steps"], "split": flags["split"], "failed": {}}
     summary |= {key: config[key] for key in ("infer", "evaluation")} | {"trained_on": []}
     output, row = pathlib.Path(flags["output"]), folder.parent.name
@@ -319,7 +318,7 @@ def test_the_shipped_sweeps_are_valid(name, tmp_path, monkeypatch):
         given = [definition.flag(key, value) for key, value in sweep.changes(run).items()]
         monkeypatch.setattr(sys, "argv", ["train.py", f"--config={sweep.base}", *given])
         values(sys.argv)  # as train.py reads them
-        assert config_lib.to_dict(holder.value) == config_lib.to_dict(sweep.config(run))
+        assert run_config.to_dict(holder.value) == run_config.to_dict(sweep.config(run))
         steps = 400 if name.endswith("_brats") else 300
         assert (holder.value.seed, holder.value.total_steps) == (2, steps)
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from masm_jax import checkpoint, sharding
-from masm_jax import config as config_lib
+from masm_jax import checkpoint, run_config, sharding
 from masm_jax.data.records import Records
 from masm_jax.state import Network, abstract_state
 from tests.conftest import CASES
@@ -99,7 +98,7 @@ def saved(workdir):
 
 
 def state_of(workdir, step=STEPS):
-    config = config_lib.load(workdir)
+    config = run_config.load(workdir)
     records = Records(config.data.records)
     network = Network(config, modalities=records.modalities, regions=records.regions)
     everywhere = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))

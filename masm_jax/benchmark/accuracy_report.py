@@ -11,8 +11,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 
-from masm_jax import compare
-from masm_jax import config as config_lib
+from masm_jax import compare, run_config
 from masm_jax.benchmark import counting, plots
 from masm_jax.benchmark.study import OURS, training_rate
 from masm_jax.data.records import Records
@@ -172,7 +171,7 @@ def cost(folder, name):
     if name not in OURS:
         about = _read(folder / "network.json")
         return {key: about[key] for key in ("framework", "parameters", "gmac")}
-    config = config_lib.load(folder)
+    config = run_config.load(folder)
     records = Records(config.data.records)
     network = Network(config, modalities=records.modalities, regions=records.regions)
     params = abstract_state(network)["params"]

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from torch.utils.flop_counter import FlopCounterMode
 
 from masm_jax import config as config_lib
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.benchmark import torch_networks, torch_steps
 from masm_jax.data import pipeline
 from masm_jax.data import records as records_lib
@@ -87,7 +87,7 @@ def train(name, config, workdir):
         network.load_state_dict(saved["network"])
         trainer.optimiser.load_state_dict(saved["optimiser"])
         log.info("continuing at step %d", start)
-    config_lib.save(config, workdir)
+    run_config.save(config, workdir)
     for file, content in (("split.json", split), (_ABOUT, about)):
         with replacing(workdir / file) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
@@ -145,7 +145,7 @@ def load_run(workdir, *, which="latest", given=()):
       ValueError: no such run, or it cannot do what is asked.
     """
     workdir = as_path(workdir)
-    config = config_lib.load(workdir, given)
+    config = run_config.load(workdir, given)
     if which != "latest" or config.infer.average != 1 or tuple(config.infer.runs):
         raise ValueError(
             f"{workdir} is a run in PyTorch: expected --checkpoint=latest, infer.average=1 and no "
@@ -244,8 +244,8 @@ def _refuse_another(workdir, config, split, name):
     """Where the folder holds a checkpoint, see that it is of this network, config and cases."""
     if not (workdir / _CHECKPOINT).is_file():
         return
-    old = config_lib.to_dict(config_lib.load(workdir))
-    changes = config_lib.differences(old, config_lib.to_dict(config))
+    old = run_config.to_dict(run_config.load(workdir))
+    changes = run_config.differences(old, run_config.to_dict(config))
     if json.loads((workdir / "split.json").read_text()) != split:
         changes.append("data.split: gives other cases than split.json has")
     if json.loads((workdir / _ABOUT).read_text())["network"] != name:

@@ -213,12 +213,12 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
 def restore_run(workdir, *, which, mesh, given=()):
     """As ``load_run``, but returns network, averaged weights (on the mesh) and metadata."""
     # Imported here, because an export is run without network, config and checkpoints.
-    from masm_jax import checkpoint
+    from masm_jax import checkpoint, run_config
     from masm_jax import config as config_lib
     from masm_jax.processes import Solo
     from masm_jax.state import Network, abstract_state
 
-    config = config_lib.load(workdir, given)
+    config = run_config.load(workdir, given)
     checkpoints = checkpoint.Checkpoints(workdir)
     if checkpoints.latest() is None:
         raise ValueError(
@@ -234,7 +234,7 @@ def restore_run(workdir, *, which, mesh, given=()):
     if config.infer.present and not config.data.modality_dropout:
         said = "infer.present leaves modalities out, and %s has never lost one in training"
         _log.warning(f"{said} (data.modality_dropout = 0): it may find anything", workdir)
-    if tuned := config_lib.tuned_on(workdir):
+    if tuned := run_config.tuned_on(workdir):
         said = "%s: rules of infer.json, chosen by masm_jax.tune on %d cases, not the config's"
         _log.info(said, workdir, len(tuned))
     regions = task["regions"]

@@ -6,7 +6,7 @@ import json
 import jax
 import jax.numpy as jnp
 
-from masm_jax import config as config_lib
+from masm_jax import run_config
 from masm_jax.benchmark import counting
 from masm_jax.data.records import Records
 from masm_jax.evaluation import tables
@@ -25,7 +25,7 @@ def write(folder):
     (``infer.token_share``), "kept", "drawn": {level: last keep ratio without and with noise}}.
     Where no keep ratio without noise was logged, "avoidable_gmac" is None.
     """
-    config = config_lib.load(folder)
+    config = run_config.load(folder)
     records = Records(config.data.records)
     kept = last(folder / "metrics.jsonl", KEPT)
     found = costs(config, records.modalities, records.regions, kept)

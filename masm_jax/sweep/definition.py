@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 
 from masm_jax import config as config_lib
-from masm_jax import config_file
+from masm_jax import config_file, run_config
 from masm_jax.commands import REPOSITORY
 from masm_jax.data import records as records_lib
 
@@ -117,10 +117,10 @@ class Sweep:
             path = self.folder(run) / "config.json"
             if not path.is_file():
                 continue
-            old, new = json.loads(path.read_text()), config_lib.to_dict(self.config(run))
+            old, new = json.loads(path.read_text()), run_config.to_dict(self.config(run))
             if not new["model"]["pairs"]:  # train.py has put in those of the records
                 new["model"]["pairs"] = old.get("model", {}).get("pairs", [])
-            faults += [f"{run}: {line}" for line in config_lib.differences(old, new)]
+            faults += [f"{run}: {line}" for line in run_config.differences(old, new)]
         if faults:
             raise ValueError(
                 f"{self.workdir} has runs of another config:\n  " + "\n  ".join(faults) + "\n"
@@ -133,9 +133,9 @@ class Sweep:
         if not (folder / "config.json").is_file():
             return False
         summary, wanted = read_json(folder / "eval" / "summary.json"), self.config(run)
-        now = config_lib.to_dict(config_lib.load(folder))  # with what masm_jax.tune has chosen
-        untuned = config_lib.to_dict(config_lib.load(folder, tuned=False))
-        asked = config_lib.to_dict(wanted)
+        now = run_config.to_dict(run_config.load(folder))  # with what masm_jax.tune has chosen
+        untuned = run_config.to_dict(run_config.load(folder, tuned=False))
+        asked = run_config.to_dict(wanted)
         return (
             summary.get("step") == wanted.total_steps
             and summary.get("split") == self.split

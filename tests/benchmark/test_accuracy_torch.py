@@ -9,8 +9,7 @@ import optax
 import pytest
 import torch
 
-from masm_jax import config as config_lib
-from masm_jax import losses, optim, steps
+from masm_jax import losses, optim, run_config, steps
 from masm_jax.benchmark import torch_networks, torch_steps, torch_train
 from masm_jax.data import pipeline
 from masm_jax.data.records import Records
@@ -234,7 +233,7 @@ def test_what_a_run_cannot_do_is_said(trained, tmp_path):
     for options in ({"which": "best"}, {"given": [f"infer.runs=('{folder}',)"]}):
         with pytest.raises(ValueError, match="is a run in PyTorch"):
             torch_train.load_run(folder, **options)
-    config_lib.save(config, tmp_path)
+    run_config.save(config, tmp_path)
     with pytest.raises(ValueError, match="checkpoint.pt does not exist"):
         torch_train.load_run(tmp_path)
     for name, words in (("nothing", "expected one of dynunet"), ("absent_module:x", "absent")):

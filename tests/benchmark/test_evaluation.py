@@ -5,8 +5,7 @@ import json
 import jax
 import pytest
 
-from masm_jax import checkpoint, state
-from masm_jax import config as config_lib
+from masm_jax import checkpoint, run_config, state
 from masm_jax.benchmark import evaluation
 from masm_jax.benchmark.__main__ import main
 from masm_jax.data.conventions import MODALITIES, REGIONS
@@ -25,7 +24,7 @@ def untrained(make_config, tmp_path):
         meta = {"modalities": MODALITIES, "regions": REGIONS, "spacing": None}
         born = jax.device_put(state.init_state(network, network.init(0)), jax.devices()[0])
         checkpoints.save(0, born, dice=None, meta=meta)
-    config_lib.save(config, workdir)
+    run_config.save(config, workdir)
     split = {"train": CASES[:1], "val": CASES[1:], "test": []}
     (workdir / "split.json").write_text(json.dumps(split))
     return workdir

@@ -27,8 +27,7 @@ import time
 import jax
 import numpy as np
 
-from masm_jax import checkpoint, runtime, sharding
-from masm_jax import config as config_lib
+from masm_jax import checkpoint, run_config, runtime, sharding
 from masm_jax.data.records import Records
 from masm_jax.state import Network, abstract_state
 
@@ -94,7 +93,7 @@ class Train:
                 raise Wrong(f"{output}: the state after {STEPS} steps differs from {straight}")
 
     def _state(self, workdir, step=STEPS):
-        config = config_lib.load(workdir)
+        config = run_config.load(workdir)
         records = Records(config.data.records)
         network = Network(config, modalities=records.modalities, regions=records.regions)
         everywhere = sharding.replicated(sharding.make_mesh(jax.devices()[:1]))

@@ -17,8 +17,7 @@ import numpy as np
 from absl import flags
 
 from configs import masm_demo
-from masm_jax import config as config_lib
-from masm_jax import prepare
+from masm_jax import prepare, run_config
 from masm_jax.data import conventions
 from masm_jax.files import told
 from masm_jax.inference.volume import Settings
@@ -63,7 +62,7 @@ def _template() -> tempfile.TemporaryDirectory:
     flags_ = [f"--input={root / 'raw'}", f"--output={root / 'records'}", "--workers=1"]
     assert prepare.main(flags_) == 0
     config = masm_demo.get_config()
-    config_lib.save(config, root / "run")
+    run_config.save(config, root / "run")
     split = {"train": list(CASES[:1]), "val": list(CASES[1:]), "test": []}
     (root / "run" / "split.json").write_text(json.dumps(split))
     infer = {"infer": {"threshold": [0.5]}, "cases": ["First"]}

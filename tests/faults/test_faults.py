@@ -59,7 +59,9 @@ def test_a_case_that_finds_no_room_does_not_stop_the_others(
     assert (tmp_path / "out" / "Second.nii.gz").is_file()
 
 
-def test_where_no_case_can_be_segmented_the_earlier_evaluation_stands(tmp_path, monkeypatch, capsys):
+def test_where_no_case_can_be_segmented_the_earlier_evaluation_stands(
+    tmp_path, monkeypatch, capsys
+):
     def no_room(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB")
 

@@ -178,9 +178,9 @@ def test_a_scan_smaller_than_a_tile_lies_in_it_as_in_training(patch):
 def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, make_config):
     with pytest.raises(ValueError, match="config.json does not exist"):
         load_run(tmp_path)
-    from masm_jax import config as config_lib
+    from masm_jax import run_config
 
-    config_lib.save(make_config(), tmp_path)
+    run_config.save(make_config(), tmp_path)
     for which in ("latest", "best"):
         with pytest.raises(ValueError, match="no complete checkpoint"):
             load_run(tmp_path, which=which)
@@ -189,7 +189,7 @@ def test_a_folder_that_is_no_run_is_said_to_be_none(tmp_path, make_config):
 @pytest.fixture(scope="module")
 def make_run(make_config):
     """make_run(folder, {step: (weight, dice)}, keep, spacing): every averaged weight is that."""
-    from masm_jax import config as config_lib
+    from masm_jax import run_config
     from masm_jax.state import Network, init_state
 
     config = make_config(**{"model.mixers": ()})
@@ -199,7 +199,7 @@ def make_run(make_config):
     def make(folder, steps, keep=1, spacing=2.0):
         folder.mkdir(exist_ok=True)
         config.log.keep = keep
-        config_lib.save(config, folder)
+        run_config.save(config, folder)
         meta = {"modalities": ["t1", "flair"], "regions": REGIONS, "spacing": spacing}
         checkpoints = Checkpoints(folder, keep=keep)
         for step, (weight, dice) in steps.items():
