@@ -25,6 +25,9 @@ from masm_jax.data import build, cases, conventions
 from masm_jax.files import check_output, printable, told
 
 
+_FINEST, _COARSEST = 0.1, 10.0  # mm: beyond, it is a slip, or no tumour is left to see
+
+
 class _Stopped(Exception):
     """A signal asked to stop."""
 
@@ -73,7 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        flags = _parser().parse_args(argv)
+        parser = _parser()
+        flags = parser.parse_args(argv)
+        if flags.spacing and not _FINEST <= flags.spacing <= _COARSEST:
+            expected = f"expected {_FINEST:g} to {_COARSEST:g} mm"
+            parser.error(f"--spacing={flags.spacing:g}: {expected}; 1 is the grid of BraTS")
     except SystemExit as stop:
         return int(stop.code or 0)
     main_thread = threading.current_thread() is threading.main_thread()

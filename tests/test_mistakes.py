@@ -69,6 +69,7 @@ def said(capsys, name, line, root):
     [
         ("prepare", "--inptu=~/raw --output=~/o", "--inptu: no such argument (did you mean"),
         ("prepare", "--input=~/raw", "required: --output"),
+        ("prepare", "I/O --spacing=100", "--spacing=100: expected 0.1 to 10 mm"),
         ("prepare", "I/O --spacing=two", "spacing=two: expected a positive float"),
         ("prepare", "I/O --workers=0", "--workers=0: expected a positive int"),
         ("prepare", "I/O --labels=brats2022", "brats2022: expected one of"),
