@@ -24,7 +24,6 @@ from masm_jax.arguments import Parser
 from masm_jax.data import build, cases, conventions
 from masm_jax.files import check_output, printable, told
 
-
 _FINEST, _COARSEST = 0.1, 10.0  # mm: beyond, it is a slip, or no tumour is left to see
 
 

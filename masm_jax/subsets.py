@@ -5,8 +5,9 @@
 Each case is segmented once for every non-empty subset (15 of four modalities), as if the others had
 not been acquired. Several runs on the same cases, such as MASM and the concatenation U-Net, stand
 side by side, with the difference of the first from each, paired by case. A row of a sweep, DIR/ROW,
-counts with all of its seeds. Writes OUT/subsets.md, .json, .png and .svg. A run that never lost a
-modality in training (data.modality_dropout = 0) is measured all the same, and marked.
+or a network of `benchmark accuracy`, OUT/BUDGET/NETWORK, counts with all of its seeds. Writes
+OUT/subsets.md, .json, .png and .svg. A run that never lost a modality in training
+(data.modality_dropout = 0) is measured all the same, and marked.
 
 Exit codes: 0 done, 1 an error, 2 usage.
 """
@@ -61,7 +62,7 @@ def _run(args):
     configs = {run: run_config.load(run) for run in itertools.chain(*groups.values())}
     records = _records(args, configs)
     for workdir in configs:
-        segmenter, meta = load_run(workdir)
+        segmenter, meta = _loaded(workdir)
         segmenters[workdir] = segmenter
         check_task(
             meta, modalities=records.modalities, regions=records.regions, spacing=records.spacing,
@@ -115,6 +116,17 @@ def runs(workdir):
     if (path / "config.json").exists() or not seeds:
         return [path]
     return sorted(seeds, key=lambda seed: (len(seed.name), seed.name))
+
+
+def _loaded(workdir):
+    """``load_run`` of a run of train.py, or of one in PyTorch (``benchmark accuracy``)."""
+    if not (workdir / "network.json").is_file():
+        return load_run(workdir)
+    try:
+        from masm_jax.benchmark import torch_train  # needs torch
+    except ImportError as error:
+        raise ValueError(f"{workdir} is a run in PyTorch ({error}): make bench-env") from error
+    return torch_train.load_run(workdir)
 
 
 def _records(args, configs):

@@ -7,9 +7,10 @@ import math
 import subprocess
 import types
 
+import numpy as np
 import pytest
 
-from masm_jax import runtime
+from masm_jax import runtime, subsets
 from masm_jax.benchmark import __main__ as benchmark
 from masm_jax.benchmark import accuracy, accuracy_report, study
 from masm_jax.benchmark.study import Budget, Fold, Run
@@ -218,6 +219,11 @@ def test_from_records_to_a_table(bench, records, tmp_path):
         assert (folder / "predictions" / f"{CASES[3]}.nii.gz").is_file()
         assert (folder / "report.html").is_file()
     assert heads == {("case", "region", "dice", "hd95")} and cases == {CASES[3]}
+
+    runs = [f"--workdir={output / 'steps-2' / one}" for one in ("unet", name)]
+    assert subsets.main([*runs, f"--output={tmp_path / 'subsets'}"]) == 0  # both frameworks
+    found = json.loads((tmp_path / "subsets" / "subsets.json").read_text())["runs"]
+    assert [np.shape(run["dice"]["t1"]) for run in found.values()] == [(1, 1, 3)] * 2
 
     again = bench(*flags, f"--networks=unet,{TINY}")
     assert again.stdout.count("done before") == 2 and "| unet | JAX" in again.stdout
