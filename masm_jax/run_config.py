@@ -10,7 +10,8 @@ from masm_jax.data.conventions import hint
 from masm_jax.files import as_path, read_json, replacing
 
 _RESTORE = "restore it from a copy of the run"
-LATER = {"model.detail": 0}  # keys that older runs lack, with the value that does as they did
+# Keys that older runs lack, with the value that does as they did.
+LATER = {"model.detail": 0, "model.encoder_width": 1.0}
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result, or in its rounding alone.

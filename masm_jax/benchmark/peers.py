@@ -30,6 +30,7 @@ _MASM = {  # whatever the config has
     "model.size": "base",
     "model.mixers": ("aware",) * 5 + ("shift",),
     "model.detail": 8,
+    "model.encoder_width": 1.0,
 }
 _PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}

@@ -2,7 +2,7 @@
 
     scans (B, M, D, H, W)
       -> space-to-depth stem (base, tiny), modalities folded into the batch
-      -> Encoder (or that of UNETR or Swin UNETR): features F^j (B, M, S_j^3, C_j), j = 1..6
+      -> Encoder (or that of UNETR or Swin UNETR): features F^j (B, M, S_j^3, E_j), j = 1..6
       -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic) or "concat"
       -> Fuse: the M results become the skip of the level (B, S_j^3, C_j)
       -> Decoder -> logits (B, D, H, W, R)
@@ -27,7 +27,7 @@ from masm_jax.models.encoder import Encoder
 from masm_jax.models.layers import Fuse, depth_to_space, planes, stem, volumes
 from masm_jax.models.residual import ResidualDecoder
 from masm_jax.models.shift import ShiftMixer
-from masm_jax.models.sizes import size_of
+from masm_jax.models.sizes import encoder_widths, size_of
 from masm_jax.models.swin_unetr import SwinEncoder
 from masm_jax.models.unetr import UNETREncoder
 
@@ -53,13 +53,14 @@ class MASM(nnx.Module):
         folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
+        widths = encoder_widths(model) if self.mixer_names else size.widths
         if model.backbone == "unetr":
             plain = not self.mixer_names
             self.encoder = UNETREncoder(channels, size, patch=patch, init=init, plain=plain)
         elif model.backbone == "swin_unetr":
             self.encoder = SwinEncoder(channels, size, init=init)
         else:
-            self.encoder = Encoder(channels, size.widths, size.strides, init=init, groups=groups)
+            self.encoder = Encoder(channels, widths, size.strides, init=init, groups=groups)
         names = list(modalities)
         pairs = []
         if "aware" in self.mixer_names:  # the others do without, and on any modalities
@@ -76,7 +77,7 @@ class MASM(nnx.Module):
             shared = dict(modalities=folded, width=width, heads=heads, init=init)
             if name == "aware":
                 mixers[_key(level)] = AwareMixer(
-                    size.widths[level],
+                    widths[level],
                     token,
                     grid,
                     pairs=pairs,
@@ -87,7 +88,7 @@ class MASM(nnx.Module):
                 )
             elif name == "shift":
                 mixers[_key(level)] = ShiftMixer(
-                    size.widths[level],
+                    widths[level],
                     token,
                     grid,
                     mosaic=model.mosaic,
@@ -95,11 +96,11 @@ class MASM(nnx.Module):
                     extras=tuple(model.shift_extras),
                     **shared,
                 )
-            fuse.append(Fuse(folded * size.widths[level], size.widths[level], init=init))
+            fuse.append(Fuse(folded * widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
         if model.backbone != "unet" and not self.mixer_names:  # UNETR, Swin UNETR as published
-            widths = self.encoder.widths
-            self.decoder = ResidualDecoder(widths, num_regions=num_regions, init=init)
+            own = self.encoder.widths
+            self.decoder = ResidualDecoder(own, num_regions=num_regions, init=init)
             return
         detail = None
         if model.detail and size.stem > 1:

@@ -10,7 +10,7 @@ class Size:
     Attributes:
       stem: edge of the space-to-depth stem (1 = none).
       strides: per level, after the stem.
-      widths: channels C_j per level.
+      widths: channels C_j per level; the shared encoder has ``model.encoder_width`` times as many.
       token_widths: d_j of the mixers per level.
       head_width: channels per attention head.
       token_size: edge of a token in input voxels, where the level allows it.
@@ -123,3 +123,8 @@ BACKBONES = {"unet": SIZES, "unetr": UNETR, "swin_unetr": SWIN_UNETR}
 def size_of(model):
     """Size of the ``model`` section of a config."""
     return BACKBONES[model.backbone][model.size]
+
+
+def encoder_widths(model):
+    """Channels E_j per level of the encoder that sees the modalities one by one."""
+    return tuple(max(1, round(width * model.encoder_width)) for width in size_of(model).widths)

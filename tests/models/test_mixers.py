@@ -204,6 +204,21 @@ def test_another_grid_is_refused():
         mix(aware(), jnp.zeros((1, 4, 16, 16, 16, 6)))
 
 
+def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config):
+    def shapes(mixers, width):
+        model = make_config(**{"model.mixers": mixers, "model.encoder_width": width}).model
+        sizes = dict(patch=(16,) * 3, modalities=("t1", "t1ce", "t2", "flair"), num_regions=3)
+        network = MASM(model, init=Initialiser(None), **sizes)
+        encoder = [level[1].kernel.shape[-2:] for level in network.encoder.levels]
+        return encoder, jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(network.decoder)))
+
+    masm = ("aware",) * 5 + ("shift",)
+    encoder, decoder = shapes(masm, 0.5)
+    assert encoder == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
+    assert decoder == shapes(masm, 1.0)[1]
+    assert shapes((), 0.5) == shapes((), 1.0)
+
+
 def test_detail_starts_as_nothing(make_config):
     sizes = dict(patch=(16, 16, 32), modalities=("t1", "t2"), num_regions=3)
     plain, network = (
