@@ -47,8 +47,8 @@ def get_config():
     # Weights of MONAI's UNETR or SwinUNETR to start from (.pt, .pth, .npz; docs/paper.md); "": none
     model.start_from = ""
     model.size = "base"  # tiny, base or full (models/sizes.py)
-    # Channels of the encoder, times those of the decoder: it runs once for each modality. The plain
-    # U-Net (no mixers), which sees all of them at once, has 1
+    # Channels of the U-Net's encoder, times those of the decoder: it runs once for each modality.
+    # Without mixers, where it runs once, it has all of them
     model.encoder_width = 1.0
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's

@@ -42,10 +42,6 @@ def validate(config):
             not model.modality_affine, "model.modality_affine", model.modality_affine,
             f"False: the norms of model.backbone={model.backbone!r} have no parameters",
         )  # fmt: skip
-        check(
-            model.encoder_width == 1, "model.encoder_width", model.encoder_width,
-            f"1.0: model.backbone={model.backbone!r} has the channels it was published with",
-        )  # fmt: skip
     check(
         0 < model.encoder_width <= 4, "model.encoder_width", model.encoder_width,
         "above 0, at most 4",

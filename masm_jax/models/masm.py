@@ -53,7 +53,7 @@ class MASM(nnx.Module):
         folded = len(modalities) if self.mixer_names else 1
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
-        widths = encoder_widths(model) if self.mixer_names else size.widths
+        widths = encoder_widths(model)
         if model.backbone == "unetr":
             plain = not self.mixer_names
             self.encoder = UNETREncoder(channels, size, patch=patch, init=init, plain=plain)

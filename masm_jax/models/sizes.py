@@ -10,7 +10,7 @@ class Size:
     Attributes:
       stem: edge of the space-to-depth stem (1 = none).
       strides: per level, after the stem.
-      widths: channels C_j per level; the shared encoder has ``model.encoder_width`` times as many.
+      widths: channels C_j per level, of the decoder (``encoder_widths`` has the encoder's).
       token_widths: d_j of the mixers per level.
       head_width: channels per attention head.
       token_size: edge of a token in input voxels, where the level allows it.
@@ -126,5 +126,7 @@ def size_of(model):
 
 
 def encoder_widths(model):
-    """Channels E_j per level of the encoder that sees the modalities one by one."""
-    return tuple(max(1, round(width * model.encoder_width)) for width in size_of(model).widths)
+    """Channels E_j per level of the encoder: fewer in the U-Net's that runs for each modality."""
+    runs_for_each = model.backbone == "unet" and model.mixers
+    share = model.encoder_width if runs_for_each else 1
+    return tuple(max(1, round(width * share)) for width in size_of(model).widths)
