@@ -106,6 +106,9 @@ NETWORKS = {
     "masm_tiny": _ours("MASM, size tiny", {"model.size": "tiny"}),
     "masm_base": _ours("MASM, size base", {}),
     "masm_base_plain": _ours("MASM, size base, model.detail=0", {"model.detail": 0}),
+    "masm_base_slim": _ours(
+        "MASM, size base, model.encoder_width=0.5", {"model.encoder_width": 0.5}
+    ),
     "masm_full": _ours("MASM, size full", {"model.size": "full"}),
     "masm_unetr": _ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
     "masm_swin_unetr": _ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),

@@ -77,7 +77,14 @@ def test_wrong_flags_are_one_line(words, said, capsys):
 @pytest.mark.parametrize("config", ["masm_laptop", "unet_brats", "swin_unetr_brats"])
 def test_a_name_is_the_same_network_whatever_the_config_is(config):
     """Parameters and multiply-adds of masm_brats.py, where sizes, mixers and encoders differ."""
-    for name in ("masm_tiny", "masm_base", "masm_base_plain", "late_base", "unet_base"):
+    for name in (
+        "masm_tiny",
+        "masm_base",
+        "masm_base_plain",
+        "masm_base_slim",
+        "late_base",
+        "unet_base",
+    ):
         usual, other = (
             flops.jax_side.count(
                 peers.NETWORKS[name], patch=32, config=f"configs/{file}.py", xla=False
