@@ -81,7 +81,7 @@ def test_a_name_is_the_same_network_whatever_the_config_is(config):
         "masm_tiny",
         "masm_base",
         "masm_base_plain",
-        "masm_base_slim",
+        "masm_base_wide",
         "late_base",
         "unet_base",
     ):
