@@ -84,7 +84,7 @@ def test_fusion_weighs_what_is_there(make_config, quick_jit):
     network = Network(config, modalities=MODALITIES, regions={"WT": (1, 2, 3)})
     params = jax.tree.map(lambda leaf: leaf + 0.01, network.init(0))  # the head of detail is 0
     for fuse in params["fuse"].values():  # every modality by the same weights
-        width = fuse["kernel"].shape[1]
+        width = len(fuse["kernel"]) // 4
         fuse["kernel"] = np.tile(np.asarray(fuse["kernel"])[:width], (4, 1))
     scans = params["decoder"]["detail"]["scans"]
     scans["kernel"] = np.repeat(scans["kernel"][..., :1, :], 4, axis=-2)
