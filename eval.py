@@ -168,7 +168,7 @@ def evaluate(workdir, output, roll):
     }
     clock = Clock()
     summary = tables.summarise(rows) | about | {"intervals": report.intervals(rows)}
-    if rows:
+    if rows:  # where of several processes another has segmented and this one has not
         gallery.clear(output)
     if rows or not (output / "metrics.csv").is_file():  # else an earlier evaluation's all stand
         tables.write_summary_json(output / "summary.json", summary)

@@ -48,8 +48,8 @@ def get_config():
     model.start_from = ""
     model.size = "base"  # tiny, base or full (models/sizes.py)
     # Channels of the U-Net's encoder, times those of the decoder: it runs once for each modality.
-    # With 1 no Dice was gained, for 1.7 times the multiply-adds (docs/sweeps.md). Without mixers,
-    # where it runs once, it has all of them
+    # With 1, for 1.7 times the multiply-adds, short trainings had no more Dice (one seed, ten
+    # cases); long ones were not tried (docs/sweeps.md). The plain U-Net, where it runs once, has 1
     model.encoder_width = 0.5
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's

@@ -99,8 +99,7 @@ class MASM(nnx.Module):
             fuse.append(Fuse(folded * widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
         if model.backbone != "unet" and not self.mixer_names:  # UNETR, Swin UNETR as published
-            own = self.encoder.widths
-            self.decoder = ResidualDecoder(own, num_regions=num_regions, init=init)
+            self.decoder = ResidualDecoder(self.encoder.widths, num_regions=num_regions, init=init)
             return
         detail = None
         if model.detail and size.stem > 1:
