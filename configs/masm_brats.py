@@ -67,7 +67,7 @@ def get_config():
     model.keep_bias = 5.0  # logit of "keep" at the start: sigmoid(5) = 99 % of the tokens
     # Channels at the resolution of the scans that correct the first logits: what the half
     # resolution of level 1 loses in base and tiny (models/detail.py; the other sizes begin at full
-    # resolution and have none). 0: none, a sixth less time on a CPU, less Dice (docs/sweeps.md)
+    # resolution and have none). 0: none, quicker on a CPU, less Dice (docs/sweeps.md)
     model.detail = 8
     model.modality_affine = False  # norms learn a scale and shift per modality
     # What is computed again on the way back instead of kept: none; blocks: norms and activations;

@@ -20,9 +20,10 @@ from matplotlib.transforms import Affine2D
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from configs import masm_brats  # noqa: E402
 from masm_jax.data.simulate import simulate  # noqa: E402
 from masm_jax.models.mosaic import offsets  # noqa: E402
-from masm_jax.models.sizes import SIZES  # noqa: E402
+from masm_jax.models.sizes import SIZES, encoder_widths  # noqa: E402
 
 PATCH = 128
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
@@ -77,11 +78,12 @@ def _network(axes, size):
     for level, y in enumerate(rows):
         stride *= size.strides[level]
         edge, width = 13.0 - 1.7 * level, size.widths[level]
+        own = encoder_widths(masm_brats.get_config().model)[level]
         height = 6.0 - 0.55 * level
         grid, patch = PATCH // stride, max(1, token_stride // stride)
         _sheets(axes, 32.5, y, edge, height)
         axes.text(17, y + 1.7, f"level {level + 1}", fontsize=8.5, weight="bold")
-        axes.text(17, y - 3.1, f"{width} × {grid}³", fontsize=8, color=GREY)
+        axes.text(17, y - 3.1, f"{own} × {grid}³", fontsize=8, color=GREY)
         _mixer(axes, y, last=level == 5, tokens=grid // patch, patch=patch)
         axes.text(87, y, "1×1×1", ha="center", va="center", fontsize=8)
         _box(axes, 83.6, y - 1.9, 6.8, 3.8, edge=DECODER_EDGE, rounded=True)
@@ -89,6 +91,7 @@ def _network(axes, size):
         _bundle(axes, (76.4, y), (82.6, y))
         _arrow(axes, (91.2, y), (107.3 - edge / 2, y), colour=DECODER_EDGE)
         _box(axes, 108 - edge / 2, y - height / 2, edge, height, DECODER, DECODER_EDGE)
+        axes.text(108, y, str(width), ha="center", va="center", fontsize=8, color=GREY)
         if level < 5:
             down = f"÷{size.strides[level + 1]}" if size.strides[level + 1] > 1 else ""
             _arrow(axes, (32.5, y - 3.6), (32.5, rows[level + 1] + 3.9))
@@ -110,9 +113,9 @@ def _network(axes, size):
     axes.text(
         118,
         66,
-        f"Drawn: size “base” at a crop of {PATCH}³,\nchannels × grid per level. A stem turns\n"
-        f"{size.stem}³ voxels into channels before level 1;\n"
-        "two convolutions of the scans themselves\ncorrect the first logits (not drawn).\n"
+        f"Drawn: size “base” at a crop of {PATCH}³,\nchannels × grid per level, and the channels\n"
+        f"of the decoder. A stem turns {size.stem}³ voxels into\nchannels before level 1; "
+        "two convolutions\nof the scans themselves correct the first\nlogits (not drawn).\n"
         "The mixer of every level is an entry of\nthe config: aware, shift or concat.\n"
         "The lower heads are for training only.",
         va="top",
