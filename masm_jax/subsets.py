@@ -9,7 +9,7 @@ or a network of `benchmark accuracy`, OUT/BUDGET/NETWORK, counts with all of its
 OUT/subsets.md, .json, .png and .svg. A run that never lost a modality in training
 (data.modality_dropout = 0) is measured all the same, and marked.
 
-Exit codes: 0 done, 1 an error, 2 usage.
+Exit codes: 0 done, 1 an error, 2 usage, 3 some cases failed (listed, and left out of all).
 """
 
 import itertools
@@ -25,12 +25,20 @@ import numpy as np
 from masm_jax import compare, run_config, runtime
 from masm_jax.arguments import Parser
 from masm_jax.benchmark.accuracy_report import interval_words
+from masm_jax.benchmark.tables import markdown
 from masm_jax.data import records as records_lib
 from masm_jax.evaluation import tables
 from masm_jax.evaluation.metrics import dice
 from masm_jax.files import as_path, check_output, replacing
 from masm_jax.inference.postprocess import decode
-from masm_jax.inference.volume import check_task, decoding, load_run, trained_on
+from masm_jax.inference.volume import (
+    FAILURES,
+    check_task,
+    decoding,
+    failure,
+    load_run,
+    trained_on,
+)  # fmt: skip
 
 _log = logging.getLogger("masm_jax.subsets")  # run as a module, __name__ is "__main__"
 
@@ -73,10 +81,15 @@ def _run(args):
     for workdir, seen in trained.items():
         if seen:
             _log.warning("%s: %d of %d cases were trained on", workdir, len(seen), len(cases))
-    scores = {}
+    scores, failed = {}, {}
     for number, (workdir, segmenter) in enumerate(segmenters.items(), 1):
         _log.info("run %d of %d: %s", number, len(segmenters), workdir)
-        scores[workdir] = measure(segmenter, records, cases)
+        scores[workdir] = measure(segmenter, records, cases, failed)
+    kept = [place for place, case in enumerate(cases) if case not in failed]
+    said = [f"failed: {case}: {why}" for case, why in failed.items()]
+    if not kept:
+        raise ValueError(f"no case could be segmented with every run: {'; '.join(said)}")
+    cases = [cases[place] for place in kept]
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     found = {
@@ -89,7 +102,7 @@ def _run(args):
                 "trained_for_it": all(segmenters[run].settings.may_lack for run in group),
                 "trained_on": sorted(set(itertools.chain(*(trained[run] for run in group)))),
                 "dice": {
-                    "+".join(subset): [scores[workdir][subset].tolist() for workdir in group]
+                    "+".join(subset): [scores[run][subset][kept].tolist() for run in group]
                     for subset in subsets(records.modalities)
                 },
             }
@@ -106,7 +119,9 @@ def _run(args):
         with replacing(output / f"subsets.{kind}") as temporary:
             _picture(found).savefig(temporary, format=kind, dpi=150)
     print("\n".join(lines))
-    return 0
+    for line in said:
+        print(line, file=sys.stderr)
+    return runtime.EXIT_SOME_FAILED if failed else 0
 
 
 def runs(workdir):
@@ -114,6 +129,12 @@ def runs(workdir):
     path = as_path(workdir)
     seeds = [file.parent for file in path.glob("seed-*/config.json")]
     if (path / "config.json").exists() or not seeds:
+        folds = sorted(path.glob("seed-*/fold-*/config.json"))
+        if folds and not (path / "config.json").exists():
+            raise ValueError(
+                f"--workdir={workdir}: its runs are of several folds, each with cases of its own; "
+                f"expected one of them, such as {folds[0].parent}"
+            )
         return [path]
     return sorted(seeds, key=lambda seed: (len(seed.name), seed.name))
 
@@ -146,6 +167,8 @@ def _records(args, configs):
 
 
 def _cases(args, first, records):
+    if args.cases < 0:
+        raise ValueError(f"--cases={args.cases}: expected a number of them, or 0: all")
     if args.split == "all":
         named = records.cases
     else:
@@ -157,7 +180,13 @@ def _cases(args, first, records):
             f"--split={args.split}: {first} has no such cases in {records.root}; "
             f"--split=all takes all of the records"
         )
-    return named[: args.cases or None]
+    named = named[: args.cases or None]
+    if unlabelled := [case for case in named if records.label(case) is None]:
+        raise ValueError(
+            f"{records.root}: {', '.join(unlabelled[:3])} without segmentation; expected cases "
+            f"that can be scored"
+        )
+    return named
 
 
 def subsets(modalities):
@@ -166,38 +195,41 @@ def subsets(modalities):
     return [s for size in sizes for s in itertools.combinations(modalities, size)]
 
 
-def measure(segmenter, records, cases):
+def measure(segmenter, records, cases, failed):
     """Dice of every subset.
 
     Args:
       segmenter: of ``load_run``.
       records: the records.
       cases: ids with a segmentation.
+      failed: {case: why} of those that could not be segmented; not tried again, and added to.
 
     Returns:
-      {names of the modalities that are there: (cases, R) float array}.
+      {names of the modalities that are there: (cases, R) float array}, NaN of cases that failed.
     """
-    settings = segmenter.settings
-    found = {subset: [] for subset in subsets(settings.modalities)}
+    regions = segmenter.settings.regions
+    shape = len(cases), len(regions)
+    found = {subset: np.full(shape, np.nan) for subset in subsets(segmenter.settings.modalities)}
     began = time.perf_counter()
     for number, case in enumerate(cases, 1):
-        label = records.label(case)
-        if label is None:
-            raise ValueError(f"{case}: its record has no segmentation; expected one to compare")
-        image, reference = records.image(case), np.asarray(label)
-        rules = decoding(settings, records.meta(case)["record_spacing"])
-        for subset, rows in found.items():
-            probabilities = segmenter.probabilities(image, present=subset)
-            predicted = decode(probabilities, regions=settings.regions, **rules)
-            rows.append(
-                [
+        if case in failed:
+            continue
+        try:
+            image, reference = records.image(case), np.asarray(records.label(case))
+            rules = decoding(segmenter.settings, records.meta(case)["record_spacing"])
+            for subset, rows in found.items():
+                probabilities = segmenter.probabilities(image, present=subset)
+                predicted = decode(probabilities, regions=regions, **rules)
+                rows[number - 1] = [
                     dice(np.isin(predicted, values), np.isin(reference, values))
-                    for values in settings.regions.values()
+                    for values in regions.values()
                 ]
-            )
+        except FAILURES as error:
+            failed[case] = failure(error)
         left = (time.perf_counter() - began) / number * (len(cases) - number)
-        _log.info("%d/%d %s  left %.0f s", number, len(cases), case, left)
-    return {subset: np.array(rows) for subset, rows in found.items()}
+        said = f": {failed[case]}" if case in failed else ""
+        _log.info("%d/%d %s  left %.0f s%s", number, len(cases), case, left, said)
+    return found
 
 
 def differences(runs):
@@ -230,19 +262,18 @@ def table(found):
     lines = [f"{len(found['cases'])} cases, mean Dice; ● is there, ○ is missing.", ""]
     names = _names(runs)
     heads = [*modalities, *(f"{names[run]} {r}" for run in runs for r in (*regions, "mean"))]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    rows = {}
+    rows, cells = {}, []
     for run in runs.values():
         for subset, scores in run["dice"].items():
             means = np.mean(scores, axis=(0, 1))
             rows.setdefault(subset, []).extend([*means, means.mean()])
     for subset, values in rows.items():
         there = ["●" if name in subset.split("+") else "○" for name in modalities]
-        lines.append("| " + " | ".join([*there, *(f"{v:.3f}" for v in values)]) + " |")
+        cells.append([*there, *(f"{v:.3f}" for v in values)])
     means = np.mean(list(rows.values()), axis=0)
     blank = ["mean", *[""] * (len(modalities) - 1)]
-    lines.append("| " + " | ".join([*blank, *(f"{v:.3f}" for v in means)]) + " |")
-    lines.append("")
+    cells.append([*blank, *(f"{v:.3f}" for v in means)])
+    lines += [*markdown(heads, cells), ""]
     first = names[next(iter(runs))]
     for run, row in found["differences"].items():
         lines.append(

@@ -8,6 +8,7 @@ import pytest
 
 from configs import masm_demo
 from masm_jax import run_config, subsets
+from masm_jax.data import records as records_lib
 from tests.faults import runs as fault_runs
 
 
@@ -65,6 +66,13 @@ def test_a_row_of_a_sweep_is_its_seeds(tmp_path):
     assert subsets.runs(tmp_path / "absent") == [tmp_path / "absent"]
 
 
+def test_folds_are_not_taken_for_seeds(tmp_path):
+    (tmp_path / "seed-0" / "fold-1").mkdir(parents=True)
+    (tmp_path / "seed-0" / "fold-1" / "config.json").touch()
+    with pytest.raises(ValueError, match="runs are of several folds.* such as .*fold-1"):
+        subsets.runs(tmp_path)
+
+
 def test_names_are_as_short_as_tells_them_apart():
     def name(*runs):
         return list(subsets._names(dict.fromkeys(runs)).values())
@@ -105,6 +113,30 @@ def test_cases_that_were_trained_on_are_said(measured, tmp_path, capsys):
     assert said.endswith("Trained on some of these cases, which flatters: run (1).\n")
     assert measured("--split=val") == 0
     assert "trained on" not in capsys.readouterr().err.lower()
+
+
+def test_a_case_that_fails_is_left_out_and_said(measured, tmp_path, monkeypatch, capsys):
+    real = records_lib.Records.image
+
+    def image(self, case):
+        if case == "First":
+            raise OSError("First: its file is gone")
+        return real(self, case)
+
+    monkeypatch.setattr(records_lib.Records, "image", image)
+    assert measured("--split=all") == 3
+    assert "failed: First: First: its file is gone" in capsys.readouterr().err
+    found = json.loads((tmp_path / "out" / "subsets.json").read_text())
+    assert found["cases"] == ["Second"]
+    dice = found["runs"][str(tmp_path / "run")]["dice"]
+    assert {np.shape(scores) for scores in dice.values()} == {(1, 1, len(found["regions"]))}
+    assert measured("--split=all", "--cases=1") == 1
+    assert "no case could be segmented with every run" in capsys.readouterr().err
+
+
+def test_a_negative_number_of_cases_is_refused(measured, capsys):
+    assert measured("--split=all", "--cases=-1") == 1
+    assert "--cases=-1: expected a number of them" in capsys.readouterr().err
 
 
 def test_runs_on_other_records_need_to_be_told_on_which(measured, tmp_path, capsys):

@@ -27,7 +27,7 @@ import time
 import jax
 
 from masm_jax import config as config_lib
-from masm_jax import config_file, runtime
+from masm_jax import config_file, run_config, runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
 from masm_jax.benchmark.study import OURS, Budget, Fold, Run, Study
 from masm_jax.commands import REPOSITORY, Stopped
@@ -86,7 +86,7 @@ def run(args):
     check_output(output)
     config = _config(args)
     folds, cases = _folds(args, output, config)
-    study = _study(args, output, folds, cases)
+    study = _study(args, output, config, folds, cases)
     runs = [
         Run(budget, seed, network, fold)
         for budget in budgets
@@ -283,7 +283,7 @@ def _short(value, most=200):
     return text if len(text) <= most else f"{text[:most]} ..."
 
 
-def _study(args, output, folds, cases):
+def _study(args, output, config, folds, cases):
     """The study of a folder, if what is there is of the same."""
     about = {
         "config": str(_file(args.config)),
@@ -299,6 +299,9 @@ def _study(args, output, folds, cases):
         f"{key}: {_short(old[key])} -> {_short(value)}"
         for key, value in described.items() if key in old and old[key] != value
     ]  # fmt: skip
+    # What the file of the config said then, too.
+    described["values"] = run_config.to_dict(config)
+    changed += run_config.differences(old.get("values", described["values"]), described["values"])
     if changed:
         raise ValueError(f"--output={output} is another study: {'; '.join(changed)}; name another")
     with replacing(file) as temporary:

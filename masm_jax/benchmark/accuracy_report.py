@@ -1,10 +1,7 @@
 """What the runs of ``python -m masm_jax.benchmark accuracy`` say together: tables and a figure."""
 
-import datetime
 import importlib.metadata
 import json
-import os
-import pathlib
 import platform
 import statistics
 
@@ -12,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from masm_jax import compare, run_config
-from masm_jax.benchmark import counting, plots
+from masm_jax.benchmark import counting, plots, workers
 from masm_jax.benchmark.study import OURS, training_rate
+from masm_jax.benchmark.tables import markdown
 from masm_jax.data.records import Records
 from masm_jax.evaluation import tables
 from masm_jax.files import replacing
@@ -58,7 +56,7 @@ def write(study, runs, *, about):
         "interval": INTERVAL,
         "first": first,
         **about,
-        "machine": machine(),
+        "machine": workers.machine() | {"versions": versions()},
         "networks": {
             name: {key: value for key, value in values.items() if key != "tables"}
             for name, values in found.items()
@@ -192,10 +190,10 @@ def table(summary):
         *(f"Dice {name}" for name in regions), "mean Dice", "by seed",
         f"{first} minus it, mean Dice (95 %)",
     ]  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for name, values in networks.items():
         seeds = [seed["dice"][MEAN] for seed in values["seeds"].values()]
-        cells = [
+        rows.append([
             name,
             values["framework"],
             f"{values['parameters'] / 1e6:.2f}",
@@ -207,8 +205,8 @@ def table(summary):
             f"{values['dice'][MEAN]:.3f}",
             ", ".join(f"{dice:.3f}" for dice in seeds),
             _difference(summary["differences"].get(name)),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        ])  # fmt: skip
+    lines = markdown(heads, rows)
     leaked = next(iter(networks.values()))["trained_on"]
     if leaked:
         lines += ["", f"**{len(leaked)} of the cases were trained on.**"]
@@ -219,7 +217,7 @@ def table(summary):
         "",
         f"Budget {summary['budget']}, {cases} cases. GMAC: forward, batch 1. {CLOCK[0].upper()}"
         f"{CLOCK[1:]}. {INTERVAL[0].upper()}{INTERVAL[1:]}. {facts['date']}, {facts['cores']} "
-        f"cores of {facts['cpu']}, {versions}.",
+        f"cores of {facts['processor']}, {versions}.",
     ]
 
 
@@ -239,23 +237,15 @@ def figure(summary):
     return compare.forest(entries, title=f"{summary['budget']} each", against=against)
 
 
-def machine():
-    """{"cpu", "cores", "versions", "date"} of this process."""
-    info = pathlib.Path("/proc/cpuinfo")
-    named = info.read_text().splitlines() if info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in named if line.startswith("model name")]
-    versions = {"Python": platform.python_version()}
+def versions():
+    """{package: version} of Python and those that train."""
+    found = {"Python": platform.python_version()}
     for package in ("jax", "torch", "monai"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        "versions": versions,
-        "date": datetime.date.today().isoformat(),
-    }
+    return found
 
 
 def _difference(difference):

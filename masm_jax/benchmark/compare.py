@@ -14,13 +14,15 @@ import json
 import logging
 import os
 import pathlib
+import shutil
+import signal
 import subprocess
 import sys
 import time
 
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.arguments import some
-from masm_jax.benchmark import flops, pareto, peers, ranking
+from masm_jax.benchmark import flops, jax_side, pareto, peers, ranking, workers
 from masm_jax.benchmark.store import Item, Store, item_of
 from masm_jax.files import check_output, replacing
 
@@ -72,6 +74,7 @@ def run(args):
     runtime.start(cache=False)
     check_output(args.output)
     store = Store(pathlib.Path(args.output), {name: getattr(args, name) for name in FIXED})
+    store.define({name: _definition(entry, args.config) for name, entry in chosen.items()})
     for item in todo:
         if reason := peers.cannot_run(chosen[item.network]):
             store.failures[" ".join(item)] = reason
@@ -98,9 +101,10 @@ def _checked(args):
         raise ValueError(f"--seconds={args.seconds:g}: expected 0 or more")
     modes = some("mode", args.mode, MODES)
     variants = some("variants", args.variants, TORCH_VARIANTS)
-    if not 0 <= args.threads <= cores():
-        raise ValueError(f"--threads={args.threads}: expected 1 to {cores()}, the cores, or 0: all")
-    args.threads = args.threads or cores()
+    cores = len(workers.cores())
+    if not 0 <= args.threads <= cores:
+        raise ValueError(f"--threads={args.threads}: expected 1 to {cores}, the cores, or 0: all")
+    args.threads = args.threads or cores
     if args.device == "cuda" and not any(map(os.path.exists, _DRIVERS)):
         raise ValueError(
             f"--device=cuda: no driver of a GPU here (none of {', '.join(_DRIVERS)}); expected a "
@@ -117,9 +121,11 @@ def _checked(args):
     return chosen, todo
 
 
-def cores():
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _definition(entry, config):
+    """What makes a network the one that it is, as plain values."""
+    if entry.framework == "jax":
+        return run_config.to_dict(jax_side.settings(entry, config))
+    return {"class": f"{entry.module}.{entry.name}", "arguments": entry.arguments}
 
 
 def measure_all(todo, args, store, stop, start=None):
@@ -141,7 +147,7 @@ def measure_all(todo, args, store, stop, start=None):
         for item in (reversed(todo) if number % 2 else todo)
         if not any(found["round"] == number for found in store.of(item))
     ]
-    logger, workers = logging.getLogger("masm_jax"), {}
+    logger, waiting = logging.getLogger("masm_jax"), {}
     try:
         for place, (number, item) in enumerate(plan):
             if stop:
@@ -149,7 +155,9 @@ def measure_all(todo, args, store, stop, start=None):
             if " ".join(item) in store.failures:
                 continue
             began = time.monotonic()
-            worker = workers.pop(item, None) or (start or Worker)(item, args)
+            if not store.of(item):  # what a failed attempt has compiled would be in no time
+                shutil.rmtree(_cache(args, item), ignore_errors=True)
+            worker = waiting.pop(item, None) or (start or Worker)(item, args)
             try:
                 found = worker.measure(args.seconds)
             except RuntimeError as error:
@@ -158,8 +166,11 @@ def measure_all(todo, args, store, stop, start=None):
                 store.write()
                 logger.info("round %d of %d: %s: %s", number + 1, args.rounds, _named(item), error)
                 continue
+            except BaseException:  # a second Ctrl-C: it would go on, beside what comes next
+                worker.kill()
+                raise
             if args.resident:
-                workers[item] = worker
+                waiting[item] = worker
             else:
                 worker.close()
             store.versions[peers.NETWORKS[item.network].framework] = found.pop("versions")
@@ -172,7 +183,7 @@ def measure_all(todo, args, store, stop, start=None):
                 number + 1, args.rounds, _named(item), found["median"], left / 60,
             )  # fmt: skip
     finally:
-        for worker in workers.values():
+        for worker in waiting.values():
             worker.close()
     return True
 
@@ -206,7 +217,7 @@ class Worker:
         with open(self._log, "w") as log:
             self._process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
-                env=os.environ | environment(folder / "cache", args),
+                env=os.environ | environment(_cache(args, item), args),
                 start_new_session=True,  # Ctrl-C is for the command: a measurement is finished
             )  # fmt: skip
 
@@ -235,6 +246,11 @@ class Worker:
             return "killed, most likely for want of memory"
         return f"its process ended with code {code}; see {self._log}"
 
+    def kill(self):
+        """End the process in the middle of what it does."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self.close()
+
     def close(self):
         """End the process, and wait for it."""
         for pipe in (self._process.stdin, self._process.stdout):
@@ -245,16 +261,16 @@ class Worker:
         self._process.wait()
 
 
-def environment(cache, args):
-    """Environment of the workers: cores, caches of compiled programs, one allocator for both.
+def _cache(args, item):
+    """Folder of the compiled programs of an item."""
+    return pathlib.Path(args.output).absolute() / "cache" / "-".join(item)
 
-    glibc keeps freed memory, as ``runtime.start`` has it for training; here for both frameworks.
-    """
+
+def environment(cache, args):
+    """Environment of a worker: cores, caches of compiled programs, one allocator for both sides."""
     platforms = "cpu" if args.device == "cpu" else "cuda,cpu"
-    return {
+    return workers.KEEP_MEMORY | {
         "OMP_NUM_THREADS": str(args.threads),
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1),
         "JAX_PLATFORMS": platforms,
         "JAX_COMPILATION_CACHE_DIR": str(cache / "jax"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

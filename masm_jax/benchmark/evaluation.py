@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from masm_jax import runtime
 from masm_jax.benchmark import tables
 from masm_jax.benchmark.plots import COLOURS, save
-from masm_jax.benchmark.store import machine
+from masm_jax.benchmark.workers import machine
+from masm_jax.commands import REPOSITORY
 from masm_jax.evaluation.clock import STAGES
 from masm_jax.files import check_output, replacing
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 WORDS = {
     "reading": "reading the record and the reference",
     "inference": "inference, and back into the grid of the scan",

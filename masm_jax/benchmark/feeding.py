@@ -20,7 +20,7 @@ def throughput(*, way, seconds, warm=4, **loader):
     Returns:
       {"crops", "seconds", "cpu_seconds", "memory_mb": of all its processes, without mapped files}.
     """
-    if way == "masm_jax":  # as train.py does: it tells malloc to keep memory, too
+    if way == "masm_jax":  # as train.py does
         from masm_jax import runtime
 
         runtime.start(cache=False)

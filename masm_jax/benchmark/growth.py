@@ -16,14 +16,14 @@ import pathlib
 import sys
 from typing import NamedTuple
 
-from masm_jax import config_file, runtime
+from masm_jax import config_file, run_config, runtime
 from masm_jax.arguments import some
-from masm_jax.benchmark import counting, growth_report, jax_side, peers
-from masm_jax.benchmark.compare import MODES, Worker, cores, measure_all
+from masm_jax.benchmark import counting, growth_report, jax_side, peers, workers
+from masm_jax.benchmark.compare import MODES, Worker, measure_all
 from masm_jax.benchmark.store import Item, Store
 from masm_jax.data.conventions import MODALITIES
 from masm_jax.models.masm import divisor
-from masm_jax.models.sizes import SIZES
+from masm_jax.models.sizes import BACKBONES, SIZES
 
 EDGES = (32, 48, 64, 96, 128, 160)
 COUNTS = (1, 2, 4, 8)
@@ -79,7 +79,7 @@ def run(args):
             f"--rounds={args.rounds} --seconds={args.seconds:g}: expected 1 round or more, of 0 "
             f"seconds or more"
         )
-    args.threads = cores()
+    args.threads = len(workers.cores())
     modes = some("mode", args.mode, MODES)
     axes = points(some("axis", args.axis, AXES), args.network, args.config)
     named = {point.name: point for chosen in axes.values() for point in chosen}
@@ -87,6 +87,8 @@ def run(args):
     runtime.start(cache=False)
     settings = {name: getattr(args, name) for name in FIXED}
     store = Store(pathlib.Path(args.output), settings, "growth.json")
+    config = config_file.load_config(args.config, [f"model.size={args.network}"])
+    store.define({args.network: run_config.to_dict(config)})
 
     def start(item, args):
         point = named[item.variant]
@@ -120,6 +122,11 @@ def points(chosen, size, config):
       {axis: [Point]}, from small to large.
     """
     model = config_file.load_config(config, []).model
+    if size not in BACKBONES[model.backbone]:
+        raise ValueError(
+            f"--network={size}: {config} has model.backbone={model.backbone!r}, which has no such "
+            f"size; expected one of {', '.join(BACKBONES[model.backbone])}"
+        )
     model.size = size
     edges = [edge for edge in EDGES if edge % divisor(model) == 0]
     usual = Point(next(edge for edge in edges if edge >= USUAL_EDGE))

@@ -6,9 +6,10 @@
 Three questions: crops per second and core, of each way on the same cases; the share of a training
 loop that waits for data, against a device that is a clock (--rate); whether the memory of the
 loading processes stays what it is. Without augmentation, which happens on the device. Every
-measurement has a process of its own, pinned to its cores; the ways take turns, in another order
-each round. Linux. MONAI and blosc2 are no requirements of this package: a way without its packages
-is listed as skipped. FOLDER gets input.json, input.md and a plot.
+measurement has a process of its own, pinned to its cores and told to keep freed memory, as train.py
+does; the ways take turns, in another order each round. Linux. MONAI and blosc2 are no requirements
+of this package: a way without its packages is listed as skipped. FOLDER gets input.json, input.md
+and a plot.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ import numpy as np
 
 from masm_jax.benchmark import loaders, workers
 from masm_jax.files import replacing
+from masm_jax.runtime import EXIT_SOME_FAILED
 
 _BATCH = 2  # crops in a batch of the throughput: what nnU-Net trains with at 128^3
 _INSTALL = "pip install -r requirements-bench.txt"
@@ -49,7 +51,7 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Exit code of the command.
+    """Exit code of the command: 3 where a way died.
 
     Raises:
       ValueError: anything that the user can mend, in one line.
@@ -66,13 +68,14 @@ def run(args):
         "foreground": args.foreground,
         "rate": args.rate,
         "skipped": skipped(),
+        "failed": {},
         "throughput": [],
         "waiting": [],
         "memory": [],
     }
     with tempfile.TemporaryDirectory(dir=args.output and _made(args.output)) as stores:
         for patch in patches:
-            found["throughput"] += _throughput(args, patch, stores)
+            found["throughput"] += _throughput(args, patch, stores, found["failed"])
     for size in sizes:
         for cores in dict.fromkeys((1, len(workers.cores()))):
             found["waiting"].append(_waiting(args, max(patches), size, cores))
@@ -89,7 +92,7 @@ def run(args):
 
         plots.save(picture(found), folder / "input")
         print(f"{folder}: input.json, input.md, input.png, input.svg")
-    return 0
+    return EXIT_SOME_FAILED if found["failed"] else 0
 
 
 def simulate(records, number):
@@ -140,8 +143,12 @@ def skipped():
 # ---------------------------------------------------------------- measuring
 
 
-def _throughput(args, patch, stores):
-    """Rows: every way alone on one core, and those with workers on all cores."""
+def _throughput(args, patch, stores, failed):
+    """Rows: every way alone on one core, and those with workers on all cores.
+
+    A way that dies, as one that holds all cases in memory may, is noted in ``failed``, and the
+    others go on.
+    """
     options = {"records": str(args.records), "patch": patch, "foreground": args.foreground}
     ways = [way for way in loaders.WAYS if way not in skipped()]
     store = {"store": str(pathlib.Path(stores) / str(patch))}
@@ -149,6 +156,7 @@ def _throughput(args, patch, stores):
         packed = workers.call(
             "masm_jax.benchmark.loaders:compress", records=str(args.records), patch=patch, **store
         )
+    gone = set()
     every = workers.cores()
     plans = [(way, 0) for way in ways]
     plans += [(way, len(every)) for way in ways if way in loaders.WITH_WORKERS]
@@ -156,18 +164,28 @@ def _throughput(args, patch, stores):
     for number in range(args.rounds):
         turn = number % len(plans)
         for way, processes in plans[turn:] + plans[:turn]:
+            if (way, processes) in gone:
+                continue
             _say(f"{patch}^3, round {number + 1} of {args.rounds}: {way}, {processes} workers")
-            found = workers.call(
-                "masm_jax.benchmark.feeding:throughput", cores=every[: processes or 1], way=way,
-                workers=processes, seed=number, batch=_BATCH, seconds=args.seconds, **options,
-                **(store if way == "nnunet" else {}),
-            )  # fmt: skip
+            try:
+                found = workers.call(
+                    "masm_jax.benchmark.feeding:throughput", cores=every[: processes or 1],
+                    environment=workers.KEEP_MEMORY, way=way, workers=processes, seed=number,
+                    batch=_BATCH, seconds=args.seconds, **options,
+                    **(store if way == "nnunet" else {}),
+                )  # fmt: skip
+            except workers.Failed as error:
+                gone.add((way, processes))
+                failed[f"{way}, {patch}^3, {processes or 'no'} workers"] = str(error)
+                _say(f"{way}: {error}")
+                continue
             runs[way, processes].append(found)
     return [
         {"way": way, "patch": patch, "workers": processes, "cores": processes or 1}
         | _summary(found, processes or 1)
         | {"packed": packed["bytes"] / packed["of"] if way == "nnunet" else None}
         for (way, processes), found in runs.items()
+        if (way, processes) not in gone
     ]
 
 
@@ -238,8 +256,10 @@ def table(found):
             f"{row['workers'] or 'none'} | {spread} | {row['cpu_ms']:.1f} | "
             f"{row['memory_mb']:.0f} |"
         )
-    lines += [f"| {way}: skipped | {why} | | | | |" for way, why in found["skipped"].items()]
-    if min(found["cases"]["shape"][1:]) < max(row["patch"] for row in found["throughput"]):
+    for said in ("skipped", "failed"):
+        lines += [f"| {way}: {said} | {why} | | | | |" for way, why in found[said].items()]
+    patches = [row["patch"] for row in found["throughput"]]
+    if patches and min(found["cases"]["shape"][1:]) < max(patches):
         lines += ["", f"Crops are larger than some cases ({shape}): padded. --cases makes others."]
     lines += [
         "",

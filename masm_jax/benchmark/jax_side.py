@@ -13,11 +13,26 @@ from masm_jax.benchmark import counting, program
 from masm_jax.data.conventions import REGIONS
 from masm_jax.state import Network, abstract_state, init_state, num_parameters
 
-VARIANTS = {"jit": "XLA"}
+
+def settings(ours, config, **chosen):
+    """The config of a peers.Ours: augmentation none, nothing computed again on the way back.
+
+    Args:
+      ours: peers.Ours.
+      config: path of the config that the changes are made to.
+      **chosen: more keys, such as patch=64.
+
+    Raises:
+      ValueError: no such config, or it lacks a key that a change asks for.
+    """
+    found = config_file.load_config(config, [])
+    fixed = {"augment": "none", "model.remat": "none", "accumulate": 1}
+    config_file.change(found, fixed | chosen | ours.changes, f"--config={config}")
+    return found
 
 
 def network(ours, *, patch, batch, dtype, config):
-    """Network of a peers.Ours; augmentation none, nothing computed again on the way back.
+    """Network of a peers.Ours, as ``settings`` has it.
 
     Args:
       ours: peers.Ours.
@@ -29,12 +44,10 @@ def network(ours, *, patch, batch, dtype, config):
     Raises:
       ValueError: no such config, or the network cannot have such patches.
     """
-    settings = config_file.load_config(config, [])
-    fixed = {"augment": "none", "model.remat": "none", "accumulate": 1}
     chosen = {"patch": patch, "batch_size": batch, "model.dtype": dtype}
-    settings.update_from_flattened_dict(fixed | chosen | ours.changes)
-    config_lib.validate(settings)
-    return Network(settings, modalities=ours.modalities, regions=REGIONS)
+    found = settings(ours, config, **chosen)
+    config_lib.validate(found)
+    return Network(found, modalities=ours.modalities, regions=REGIONS)
 
 
 def count(ours, *, patch, config, xla=True):

@@ -11,7 +11,10 @@ import re
 
 _PARTS = (  # end of a file's path, or a folder in it -> part; the first that is on the stack counts
     ("models/encoder.py", "encoder"),
+    ("models/unetr.py", "encoder"),
+    ("models/swin_unetr.py", "encoder"),
     ("models/decoder.py", "decoder"),
+    ("models/residual.py", "decoder"),  # its blocks in an encoder are the encoder's, above
     ("models/aware.py", "aware mixer"),
     ("models/shift.py", "shift mixer"),
     ("models/masm.py", "network"),

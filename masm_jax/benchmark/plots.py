@@ -7,15 +7,15 @@ chips, every file a line), and for each file movers_NAME (its largest instructio
 files, as Markdown, is printed.
 """
 
-import json
 import pathlib
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from masm_jax.benchmark import tables
 from masm_jax.benchmark.roofline import PODS
 from masm_jax.benchmark.traffic import KINDS
-from masm_jax.files import replacing
+from masm_jax.files import read_json, replacing
 
 # A colour per kind of instruction, those of Okabe and Ito (2008): apart for all eyes.
 COLOURS = (
@@ -55,14 +55,14 @@ def table(reports):
         "step", "crops per chip", "peak memory, GB", "GB moved per crop", "padding",
         "exchanged, MB", "bound, ms", "crops/s per chip, at most", "MFU, at most",
     )  # fmt: skip
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    rows = []
     for report in reports.values():
         run, memory, traffic = report["run"], report["memory"], report["traffic"]
         crops, bound = run["batch_size"] / run["chips"], report["roofline"]
         edges = "x".join(map(str, run["patch"]))
         cut = f", cut over {run['spatial']}" if run["spatial"] > 1 else ""
         exchanged = sum(kind["bytes"] for kind in report["collectives"].values())
-        cells = (
+        rows.append((
             f"{run['size']}, {run['step']}, {run['topology']} ({run['chips']} chips), {edges}{cut}",
             f"{crops:g}",
             f"{memory['peak'] / 1e9:.1f} of {memory['usable'] / 1e9:.1f}",
@@ -72,13 +72,12 @@ def table(reports):
             f"{1e3 * bound['seconds']:.0f}, {bound['bound']}",
             f"{bound['samples_per_second_per_chip']:.1f}",
             f"{bound['mfu']:.0%}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        ))  # fmt: skip
+    return tables.markdown(heads, rows)
 
 
 def _read(file):
-    report = json.loads(pathlib.Path(file).read_text())
+    report = read_json(file, "write it again with `benchmark tpu --json`")
     if "traffic" not in report:
         fits = report.get("compiled", {}).get("fits", True)
         said = "not written by benchmark tpu" if fits else "its step did not fit into memory"

@@ -6,7 +6,8 @@
 With ``infer.token_share`` the Modality-Aware mixers work on that share of their tokens alone. Time
 is that of inference on one patch, all shares of a network in one process, in alternating order; the
 weights are untrained, which changes no shape. With --workdir the run is evaluated with every share.
-OUTPUT gets shares.json, shares.md and, with --workdir, eval.py's folders.
+OUTPUT gets shares.json, shares.md and, with --workdir, eval.py's folders, after every network and
+share. A network that cannot be measured, or an evaluation that fails, is said at the end.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ import time
 
 import jax
 
-from masm_jax import runtime
+from masm_jax import run_config, runtime
 from masm_jax.benchmark import accuracy_report, counting, jax_side, peers, tables
-from masm_jax.benchmark.store import machine
+from masm_jax.benchmark.workers import machine
+from masm_jax.commands import REPOSITORY
 from masm_jax.files import check_output, replacing
+from masm_jax.inference.volume import FAILURES, failure
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 SHARES = (1.0, 0.7, 0.5, 0.3, 0.1)
 
 
@@ -43,10 +45,10 @@ def add_arguments(parser):
 
 
 def run(args):
-    """Exit code of the command.
+    """Exit code of the command: 3 where something could not be measured.
 
     Raises:
-      ValueError: a flag is wrong, or eval.py has failed.
+      ValueError: a flag is wrong.
     """
     shares = _shares(args.shares)
     if args.rounds < 1:
@@ -56,22 +58,39 @@ def run(args):
     others = [name for name, entry in chosen.items() if not isinstance(entry, peers.Ours)]
     if others:
         raise ValueError(f"--networks: {', '.join(others)} has no tokens to choose; expected MASM")
+    if args.workdir:
+        run_config.load(args.workdir)  # an hour before it is looked at
     jax.config.update("jax_platforms", "cpu")  # else the form of convolution is a GPU's
     runtime.start(cache=False)
     found = {"patch": args.patch, "rounds": args.rounds, "networks": {}, "dice": {}}
-    for name, ours in chosen.items():
-        found["networks"][name] = measure(ours, shares, args)
+    found |= {"machine": machine(), "date": str(datetime.date.today()), "failed": {}}
     folder = pathlib.Path(args.output).absolute()
-    if args.workdir:
+    for name, ours in chosen.items():
+        try:
+            found["networks"][name] = measure(ours, shares, args)
+        except FAILURES as error:
+            found["failed"][name] = failure(error)
+        text = _written(found, folder)
+    for share in shares if args.workdir else ():
         found["run"] = args.workdir
-        found["dice"] = {share: _dice(share, folder / f"eval_{share:g}", args) for share in shares}
-    found |= {"machine": machine(), "date": str(datetime.date.today())}
+        try:
+            found["dice"][share] = _dice(share, folder / f"eval_{share:g}", args)
+        except ValueError as error:
+            found["failed"][f"evaluation with {share:g} of the tokens"] = str(error)
+        text = _written(found, folder)
+    print(text, end="")
+    for what, why in found["failed"].items():
+        print(f"failed: {what}: {why}", file=sys.stderr)
+    return runtime.EXIT_SOME_FAILED if found["failed"] else 0
+
+
+def _written(found, folder):
+    """The table, written with its numbers."""
     text = "\n".join(table(found)) + "\n"
     for file, content in (("shares.json", json.dumps(found, indent=1) + "\n"), ("shares.md", text)):
         with replacing(folder / file) as temporary:
             temporary.write_text(content)
-    print(text, end="")
-    return 0
+    return text
 
 
 def _shares(text):

@@ -20,10 +20,10 @@ import time
 
 from masm_jax import runtime
 from masm_jax.benchmark import tables
-from masm_jax.benchmark.store import machine
+from masm_jax.benchmark.workers import machine
+from masm_jax.commands import REPOSITORY
 from masm_jax.files import check_output, replacing
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 AIM = 0.25  # of the cold time
 # The parts of a start, and what is written at the end of each: first by JAX, then by train.py.
 PARTS = {

@@ -12,9 +12,11 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import statistics
 
 from masm_jax import commands
+from masm_jax.benchmark import workers
 from masm_jax.commands import REPOSITORY
 
 LEVELS = 6
@@ -116,7 +118,7 @@ class Study:
         return summary.get("step") == steps and not summary.get("failed")
 
     def rate(self, network, fold, stop):
-        """Training steps per second of a network alone on the machine, measured once.
+        """Training steps per second of a network alone on this machine, measured once.
 
         Args:
             network: name.
@@ -127,7 +129,10 @@ class Study:
             RuntimeError: it could not be trained.
         """
         folder = self.output / "calibration" / network.replace(":", ".")
-        if not (folder / "done").is_file():
+        done, here = folder / "done", workers.machine()["processor"]
+        # Of another machine it says nothing here. (Older ones are empty, and of this machine.)
+        if not done.is_file() or done.read_text() not in ("", here):
+            shutil.rmtree(folder, ignore_errors=True)
             total = self._calibration_steps
             more = [
                 f"--config.log.every={total // _INTERVALS}",
@@ -135,7 +140,7 @@ class Study:
                 "--config.optim.warmup_steps=0",
             ]
             self._train(network, folder, 0, fold, total, more, stop)
-            (folder / "done").touch()
+            done.write_text(here)
         return training_rate(folder)
 
     def execute(self, run, steps, stop):

@@ -9,12 +9,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-VARIANTS = {
-    "eager": "channels last",
-    "compile": "channels last, torch.compile",
-    "contiguous": "channels first",
-}
-
 
 def _convolution_backward(
     gradient, x, kernel, _bias, _stride, _pad, _dilation, transposed, _out_pad, _groups, mask, **_
@@ -75,7 +69,7 @@ def prepare(peer, *, patch, batch, dtype, mode, variant, device):
       batch: B.
       dtype: "float32" or "bfloat16".
       mode: "infer" or "train".
-      variant: one of VARIANTS.
+      variant: "eager" or "compile", both channels last; "contiguous": channels first.
       device: "cpu" or "cuda".
 
     Returns:

@@ -7,11 +7,15 @@ line of JSON; in between it waits for the next line and takes no time from anybo
 print goes to standard error.
 """
 
+import contextlib
+import ctypes
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
 import re
+import signal
 import statistics
 import sys
 import time
@@ -21,6 +25,7 @@ LEAST_CALLS = 3
 
 def main():
     """Exit code: 0 when standard input ends, 1 after {"error": reason}."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     job = json.loads(sys.argv[1])
@@ -46,6 +51,12 @@ def main():
     return 0
 
 
+def _end_with_parent():
+    """On Linux, also where the command is killed in the middle of a measurement."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _side(job):
     """Module of the framework, imported, and the arguments of its ``prepare``."""
     from masm_jax.benchmark import peers
@@ -64,6 +75,11 @@ def _side(job):
 
         from masm_jax.benchmark import torch_side as side
 
+        # All that is imported is no memory of the network. Without MONAI ``build`` says why.
+        with contextlib.suppress(ImportError):
+            importlib.import_module(entry.module)
+        if job["variant"] == "compile":
+            importlib.import_module("torch._dynamo")
         torch.set_num_threads(job["threads"])
         arguments |= {"peer": entry, "variant": job["variant"]}
     return side, arguments

@@ -20,6 +20,8 @@ import time
 # One thread of each library on one core: pools that are larger than their cores only fight.
 _POOLS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
+# glibc keeps freed memory, as ``runtime.start`` tells it to for training: here for both sides.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**64 - 1)}
 
 
 class Failed(ValueError):
@@ -80,7 +82,7 @@ def cores():
 
 
 def machine():
-    """What a measurement must be read with: processor, cores, load, versions, date."""
+    """What a measurement must be read with: processor, cores in use, load, system, date."""
     name = platform.processor()
     info = pathlib.Path("/proc/cpuinfo")
     if info.is_file():
@@ -90,6 +92,7 @@ def machine():
         "processor": name,
         "cores": len(cores()),
         "load": round(os.getloadavg()[0], 2),  # runnable processes over the minute before
+        "system": platform.platform(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }

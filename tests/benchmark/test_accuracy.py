@@ -115,21 +115,24 @@ def test_pairs_hold_out_every_case_once(records, tmp_path):
 
 def test_a_refused_study_leaves_what_the_other_trains_on(records, tmp_path):
     args = arguments(records, test_records=records)
-    folds, cases = planned(args, tmp_path)
-    accuracy._study(args, tmp_path, folds, cases)
+    config, (folds, cases) = accuracy._config(args), planned(args, tmp_path)
+    accuracy._study(args, tmp_path, config, folds, cases)
     before = (tmp_path / "split.json").read_text()
     assert json.loads(before)["train"] == CASES
     (tmp_path / "split.json").write_text("{}")
     args.calibration_steps = 30
     with pytest.raises(ValueError, match="another study: calibration_steps: 24 -> 30"):
-        accuracy._study(args, tmp_path, folds, cases)
+        accuracy._study(args, tmp_path, config, folds, cases)
     args.calibration_steps = 24
     with pytest.raises(ValueError, match="another study: cases: "):
-        accuracy._study(args, tmp_path, folds, [CASES[:3]])
+        accuracy._study(args, tmp_path, config, folds, [CASES[:3]])
+    edited = accuracy._config(arguments(records, set=["optim.learning_rate=1e-4"]))
+    with pytest.raises(ValueError, match=r"another study: optim.learning_rate: 0\.003 -> 0\.0001"):
+        accuracy._study(args, tmp_path, edited, folds, cases)  # the file of the config was
     assert (tmp_path / "split.json").read_text() == "{}"
     (tmp_path / "study.json").write_text("{")
     with pytest.raises(ValueError, match="study.json is damaged .* name another --output"):
-        accuracy._study(args, tmp_path, folds, cases)
+        accuracy._study(args, tmp_path, config, folds, cases)
 
 
 def test_seeds_of_other_cases_are_not_averaged():

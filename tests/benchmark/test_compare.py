@@ -1,5 +1,6 @@
 """The comparison: two small networks through the command; stopping, failing, going on."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -7,11 +8,13 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
 from masm_jax.benchmark import compare, pareto, peers, ranking, worker
 from masm_jax.benchmark.__main__ import main
+from masm_jax.benchmark.store import Store
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 QUICK = ["--patch=32", "--rounds=1", "--seconds=0", "--threads=1", "--variants=eager"]
@@ -145,14 +148,94 @@ def test_wrong_flags_are_one_line(words, said, tmp_path, capsys, monkeypatch):
 
 
 def test_a_process_that_dies_is_a_reason(tmp_path, monkeypatch):
-    parser = __import__("argparse").ArgumentParser()
-    compare.add_arguments(parser)
-    args = parser.parse_args([f"--output={tmp_path}", "--threads=1"])
+    args = arguments(tmp_path, "--threads=1")
     monkeypatch.setattr(compare.sys, "executable", "/bin/false")
     dead = compare.Worker(compare.Item("unet_tiny", "jit", "infer"), args)
     with pytest.raises(RuntimeError, match="ended with code 1"):
         dead.measure(0.0)
     dead.close()
+
+
+def arguments(folder, *words):
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    return parser.parse_args([f"--output={folder}", *words])
+
+
+def test_a_name_that_has_become_another_network_is_refused(tmp_path):
+    first = Store(tmp_path, {"patch": 32})
+    first.define({"a": {"model": {"detail": 8, "mixers": ("aware",)}}, "b": {"class": "UNet"}})
+    first.write()
+    again = Store(tmp_path, {"patch": 32})
+    again.define({"a": {"model": {"detail": 8, "mixers": ("aware",)}}, "c": {"class": "VNet"}})
+    with pytest.raises(ValueError, match=r"with another a \(model.detail: 8 -> 0\); expected"):
+        again.define({"a": {"model": {"detail": 0, "mixers": ("aware",)}}})
+
+
+def test_another_machine_is_refused(tmp_path):
+    Store(tmp_path, {}).write()
+    file = tmp_path / "comparison.json"
+    content = json.loads(file.read_text())
+    content["machine"]["processor"] = "Some CPU"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="measured on another machine, Some CPU, and this is"):
+        Store(tmp_path, {})
+
+
+def test_a_second_interruption_leaves_no_worker_behind(tmp_path):
+    """Nor what a failed attempt has compiled, which would make the next one's compilation short."""
+    ended, item = [], compare.Item("unet_tiny", "jit", "infer")
+    (compiled := tmp_path / "cache" / "unet_tiny-jit-infer").mkdir(parents=True)
+
+    class Busy:
+        def measure(self, seconds):
+            assert not compiled.exists()
+            raise KeyboardInterrupt
+
+        def kill(self):
+            ended.append("killed")
+
+    args = arguments(tmp_path, "--rounds=1")
+    with pytest.raises(KeyboardInterrupt):
+        compare.measure_all(
+            [item], args, Store(tmp_path, {}), False, start=lambda item, args: Busy()
+        )
+    assert ended == ["killed"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a flag of Linux")
+def test_a_worker_ends_with_the_command_that_is_killed(tmp_path):
+    job = {"network": "unet_tiny", "variant": "jit", "mode": "infer", "patch": 16, "batch": 1}
+    job |= {"dtype": "float32", "device": "cpu", "threads": 1, "config": "configs/masm_brats.py"}
+    command = (
+        "import subprocess, sys, time\n"
+        "words = [sys.executable, '-m', 'masm_jax.benchmark.worker', sys.argv[1]]\n"
+        "worker = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
+        "worker.stdin.write(b'1e9\\n'); worker.stdin.flush()\n"
+        "print(worker.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    said = [sys.executable, "-c", command, json.dumps(job)]
+    with subprocess.Popen(said, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        worker_pid = int(process.stdout.readline())
+        until(lambda: "libjax" in maps(worker_pid), "it has not begun")
+        process.kill()
+    until(lambda: not maps(worker_pid), "it goes on")
+
+
+def maps(pid):
+    """What a process has mapped; "" where it is gone."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return ""
+
+
+def until(true, otherwise, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, otherwise
+        time.sleep(0.05)
 
 
 def test_the_clock():

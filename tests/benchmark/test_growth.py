@@ -91,6 +91,11 @@ def test_exponents_and_tables_by_hand(tmp_path):
         ),
         (["--rounds=0"], "--rounds=0"),
         (["--config=none.py"], "none.py"),
+        (
+            ["--network=full", "--config=configs/swin_unetr_brats.py"],
+            "--network=full: configs/swin_unetr_brats.py has model.backbone='swin_unetr', which "
+            "has no such size; expected one of tiny, base",
+        ),
     ],
 )
 def test_wrong_flags_are_one_line(words, said, tmp_path, capsys):

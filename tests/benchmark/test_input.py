@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from masm_jax.benchmark import blosc_blocks, feeding, input, loaders
+from masm_jax.benchmark import blosc_blocks, feeding, input, loaders, workers
 from masm_jax.benchmark.__main__ import main
 from masm_jax.data.records import Records
 
@@ -99,6 +99,26 @@ def test_command_reports_what_it_measured(records, tmp_path, capsys):
     assert all(0 <= row["waited"] <= 1 and 0 <= row["idle"] <= 1 for row in found["waiting"])
     assert found["memory"][0]["process"] == "training process"
     assert "padded" not in said.split("loop at")[0]  # cases of 6 mm are larger than 16^3
+
+
+def test_a_way_that_dies_is_named_and_the_others_are_kept(records, tmp_path, monkeypatch, capsys):
+    real = workers.call
+
+    def call(function, **options):
+        if function.endswith(":throughput"):
+            assert options["environment"] == workers.KEEP_MEMORY  # of all alike
+            if options["workers"]:
+                raise workers.Failed("signal 9, often out of memory")
+        return real(function, **options)
+
+    monkeypatch.setattr(workers, "call", call)
+    monkeypatch.setattr(input, "skipped", lambda: dict.fromkeys(loaders.NEEDS, "not looked at"))
+    asked = f"--records={records} --patch=16 --seconds=0.2 --rounds=1 --crops=30 --batches=2"
+    assert main(["input", *asked.split(), f"--output={tmp_path}"]) == 3
+    assert ": failed | signal 9, often out of memory |" in capsys.readouterr().out
+    found = json.loads((tmp_path / "input.json").read_text())
+    assert [row["workers"] for row in found["throughput"]] == [0]
+    assert list(found["failed"]) == [f"masm_jax, 16^3, {len(workers.cores())} workers"]
 
 
 def test_a_wrong_number_is_one_line(records, capsys):

@@ -45,3 +45,11 @@ def test_a_file_with_nothing_to_draw(tmp_path, capsys):
     (tmp_path / "a.json").write_text(json.dumps({"compiled": {"fits": False}}))
     assert main(["plots", str(tmp_path / "a.json"), f"--output={tmp_path}"]) == 1
     assert "its step did not fit into memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content, said", [('{"a', "is damaged"), ("[1]", "holds a list")])
+def test_a_file_that_is_not_of_it_is_named(tmp_path, capsys, content, said):
+    (tmp_path / "a.json").write_text(content)
+    assert main(["plots", str(tmp_path / "a.json"), f"--output={tmp_path}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a.json" in line and said in line and "benchmark tpu --json" in line

@@ -1,6 +1,7 @@
 """The table of shares: numbers by hand, refusals in one line."""
 
 import argparse
+import json
 import re
 
 import pytest
@@ -37,6 +38,22 @@ def test_half_of_the_tokens_is_less_work_and_every_round_is_timed(monkeypatch):
     assert found[0.5]["macs"] < found[1.0]["macs"]
     assert all(len(each["seconds"]) == 2 for each in found.values())
     assert called == [1.0, 0.5] + [1.0, 0.5, 0.5, 1.0]  # once to compile, then back and forth
+
+
+def test_what_cannot_be_measured_is_said_and_the_rest_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shares.jax_side, "prepare", lambda ours, **options: lambda: None)
+    words = ["--networks=masm_tiny,late_base", "--patch=32", "--rounds=1", "--shares=1,0.5"]
+    assert command.main(["shares", f"--output={tmp_path}", *words]) == 3
+    said = capsys.readouterr()
+    assert "| masm_tiny | 0.5 |" in said.out and "failed: late_base: " in said.err
+    found = json.loads((tmp_path / "shares.json").read_text())
+    assert list(found["networks"]) == ["masm_tiny"] and list(found["failed"]) == ["late_base"]
+
+
+def test_a_run_that_is_not_there_is_said_before_anything_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shares, "measure", lambda *_: pytest.fail("measured"))
+    assert command.main(["shares", f"--output={tmp_path}", f"--workdir={tmp_path / 'no'}"]) == 1
+    assert "--workdir must be a folder that train.py has written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
