@@ -106,6 +106,7 @@ def validate(config):
         share,
         "in (0, 1]" if scored else "1: this model gives tokens no scores to choose by",
     )
+    among("infer.dtype", config.infer.dtype, ("auto", "float32", "bfloat16"))
     check(config.infer.batch >= 1, "infer.batch", config.infer.batch, "1 or more")
     check(config.stop_at_step >= 0, "stop_at_step", config.stop_at_step, "0 (never) or a step")
     check(

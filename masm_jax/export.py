@@ -98,19 +98,20 @@ def export_run(workdir, output, *, which="latest", platforms=exported.PLATFORMS,
             f"infer.present = {tuple(infer.present)}: an export works with all; expected "
             f"none named: --set='infer.present=()'"
         )
+    networks = {platform: network.segmenting_on(platform) for platform in platforms}
     about = {
         "run": str(workdir),
         "checkpoint": which,
         "step": meta["step"],
         "average": 1 if which == "best" else infer.average,
         "spacing": meta["spacing"],
-        "dtype": network.config.model.dtype,
+        "dtype": {name: own.dtype.__name__ for name, own in networks.items()},
         "convolution": {platform: conv.fastest(platform) for platform in platforms},
         "masm_jax": masm_jax.__version__,
         "jax": jax.__version__,
         "guarantee": _GUARANTEE,
     }
-    programs = {platform: program(network, params, platform) for platform in platforms}
+    programs = {platform: program(own, params, platform) for platform, own in networks.items()}
     exported.write_export(output, programs, by_name(params), Settings.of(network), about)
     size = sum(path.stat().st_size for path in pathlib.Path(output).iterdir())
     print(

@@ -49,6 +49,15 @@ class Network:
         other.mesh = mesh
         return other
 
+    def segmenting_on(self, platform):
+        """The same network, as ``infer.dtype`` has it on a platform: "cpu", "tpu", "cuda", ..."""
+        chosen = self.config.infer.dtype
+        if chosen == "auto":  # a CPU has no fast products of bfloat16 in XLA (docs/decisions.md)
+            chosen = "float32" if platform == "cpu" else self.config.model.dtype
+        other = copy.copy(self)
+        other.dtype = DTYPES[chosen]
+        return other
+
     @property
     def stem(self):
         """Edge of the space-to-depth stem: the first logits hold stem^3 voxels each."""

@@ -143,6 +143,7 @@ def test_base_stays_within_its_budget(name):
         ("model.shift_depth", 0, ("= 0", "1 or more")),
         ("model.detail", -1, ("= -1", "0 (none) or more")),
         ("model.encoder_width", 0.0, ("= 0.0", "above 0")),
+        ("infer.dtype", "float16", ("= 'float16'", "auto, float32, bfloat16")),
         ("model.keep_bias", float("nan"), ("= nan", "a number")),
         ("data.workers", -1, ("= -1", "0 or more")),
         ("data.split_seed", -1, ("= -1", "0 or more")),
@@ -321,10 +322,11 @@ def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, ke
 
 def test_a_run_from_before_a_key_goes_on(tmp_path):
     values = run_config.to_dict(masm_brats.get_config())
-    del values["model"]["detail"], values["model"]["encoder_width"]
+    del values["model"]["detail"], values["model"]["encoder_width"], values["infer"]["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = run_config.load(tmp_path)
     assert loaded.model.detail == 0 and loaded.model.encoder_width == 1
+    assert loaded.infer.dtype == "auto"
     assert not run_config.differences(values, run_config.to_dict(loaded))
     loaded.model.detail = 8
     changed = run_config.differences(values, run_config.to_dict(loaded))

@@ -34,9 +34,12 @@ def noisy(params, seed):
 
 @pytest.fixture(scope="module")
 def run(make_config, tmp_path_factory):
-    """A run with two checkpoints of noise; the averaged weights differ from the others."""
+    """A run with two checkpoints of noise; the averaged weights differ from the others.
+
+    Trained in bfloat16, which a CPU segments in float32 unless it is told not to.
+    """
     workdir = tmp_path_factory.mktemp("runs") / "run"
-    rules = {"infer.threshold": (0.02, 0.015, 0.018)}
+    rules = {"infer.threshold": (0.02, 0.015, 0.018), "model.dtype": "bfloat16"}
     config = make_config(**{"model.mixers": MIXERS, "model.detail": 4} | rules)
     run_config.save(config, workdir)
     network = Network(config, modalities=MODALITIES, regions=REGIONS)
@@ -103,6 +106,23 @@ def test_probabilities_are_those_of_the_run(folder, of_run, scan, devices, batch
     assert exported_like(segmenter.settings) == exported_like(settings)
     segmenter.settings = dataclasses.replace(segmenter.settings, batch=batch)
     np.testing.assert_allclose(segmenter.probabilities(scan), expected, rtol=0, atol=1e-5)
+
+
+def test_a_cpu_segments_in_float32(run, of_run, scan, folder, tmp_path, caplog):
+    """Also what was trained in bfloat16; the export for an accelerator stays as it was trained."""
+    shutil.copytree(run, tmp_path / "run")
+    config = run_config.load(run)
+    config.model.dtype = "float32"
+    run_config.save(config, tmp_path / "run")
+    exact = load_run(tmp_path / "run", mesh=one_device())[0].probabilities(scan)
+    np.testing.assert_array_equal(of_run[0], exact)
+    with caplog.at_level("INFO"):
+        load_run(run, mesh=one_device())
+    assert "computing in float32 here, trained in bfloat16 (infer.dtype)" in caplog.text
+    told = load_run(run, mesh=one_device(), given=["infer.dtype=bfloat16"])[0].probabilities(scan)
+    assert 1e-5 < np.abs(told - exact).max() < 0.05
+    kinds = json.loads((folder / "export.json").read_text())["dtype"]
+    assert kinds == {"cpu": "float32", "cuda": "bfloat16", "tpu": "bfloat16"}
 
 
 def exported_like(settings):

@@ -51,7 +51,7 @@ class Settings:
     def of(cls, network):
         """Those of a network and its config."""
         # These say which weights, and how the network computes: no matter of segmenting.
-        which = ("average", "runs", "token_share")
+        which = ("average", "runs", "token_share", "dtype")
         infer = {key: value for key, value in network.config.infer.items() if key not in which}
         return cls(
             modalities=network.modalities,
@@ -195,6 +195,10 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
 
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
+    trained_in, network = network.dtype, network.segmenting_on(mesh.devices.flat[0].platform)
+    if network.dtype != trained_in:
+        said = "%s: computing in %s here, trained in %s (infer.dtype)"
+        _log.info(said, workdir, *(kind.__name__ for kind in (network.dtype, trained_in)))
     segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network), network)
     others = []
     for run in network.config.infer.runs:

@@ -117,7 +117,7 @@ class Fixed:
 
 def settings(**changes):
     infer = dict(masm_brats.get_config().infer) | {"batch": 2}
-    del infer["average"], infer["runs"], infer["token_share"]
+    del infer["average"], infer["runs"], infer["token_share"], infer["dtype"]
     shared = {"modalities": MODALITIES, "regions": REGIONS, "patch": (8, 8, 8)}
     return Settings(**shared | infer | changes)
 
