@@ -20,7 +20,7 @@ from masm_jax.steps import segment_step
 
 CLOCK = (
     "minutes are of training steps alone, at the median rate of the run: compilation, validation, "
-    "checkpoints and evaluation are not in them"
+    "checkpoints and evaluation are not in them; PyTorch runs without torch.compile"
 )
 INTERVAL = (
     "differences are paired by case and averaged over seeds; intervals are 95 % of a bootstrap "
