@@ -46,6 +46,8 @@ class Crop:
 
         Returns:
             ``image`` (M, p, p, p) float16, ``label`` (p, p, p) uint8, ``case`` () int32: ``index``.
+            Image and label are views of the memory map where the crop lies inside of the volume:
+            they are read from the disk by whoever copies them.
 
         Raises:
             ValueError: A file of the record cannot be read or does not fit the others.
@@ -96,12 +98,12 @@ class Crop:
 
 
 def _cut(volume: np.ndarray, start: np.ndarray, patch: tuple[int, ...]) -> np.ndarray:
-    """Copies the crop at ``start`` out of the last three axes; 0 outside the volume."""
+    """The crop at ``start`` of the last three axes; 0 outside the volume."""
     stop = start + patch
     low, high = np.maximum(start, 0), np.minimum(stop, volume.shape[-3:])
     part = volume[last_axes(map(slice, low, high))]
     if part.shape[-3:] == patch:
-        return np.array(part)  # a copy: the memory map is let go
+        return part
     cube = np.zeros((*volume.shape[:-3], *patch), volume.dtype)
     cube[last_axes(map(slice, low - start, high - start))] = part
     return cube
@@ -134,7 +136,31 @@ class HostShare:
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """Element ``index`` of this host, counted from ``start_step``."""
         step, place = divmod(index, len(self.rows))
+        return {name: np.array(part) for name, part in self.crop(step, place).items()}
+
+    def crop(self, step: int, place: int) -> dict[str, np.ndarray]:
+        """That of ``rows[place]``, ``step`` steps after the first; views, as ``Crop`` has them."""
         return self.stream[(self.start_step + step) * self.batch + self.rows[place]]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatches:
+    """The batches of a host, each read by one thread, from the disk into its place in the batch.
+
+    Attributes:
+        share: What this host reads.
+    """
+
+    share: HostShare
+
+    def __len__(self) -> int:
+        """Number of batches: more than a run can reach."""
+        return len(self.share) // len(self.share.rows)
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, counted from the first."""
+        crops = [self.share.crop(step, place) for place in range(len(self.share.rows))]
+        return {name: np.stack([crop[name] for crop in crops]) for name in crops[0]}
 
 
 def batches(
@@ -178,16 +204,18 @@ def batches(
     _check(records, cases, seed, batch_size, edges, foreground, rows)
     crop = Crop(records, tuple(cases), edges, foreground)
     stream = grain.MapDataset.range(len(cases)).seed(seed).shuffle().repeat().random_map(crop)
-    host = grain.MapDataset.source(HostShare(stream, batch_size, rows, start_step))
+    share = HostShare(stream, batch_size, rows, start_step)
     # Grain's default buffer is 500 elements, of 17 MB each at 4x128^3.
+    if not workers:
+        read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
+        return iter(grain.MapDataset.source(HostBatches(share)).to_iter_dataset(read))
+    # Single crops from the workers: they come through /dev/shm, which is small in a container, and
+    # a batch made by Grain inside them loses records (google/grain#1129).
     read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(4, threads))
-    dataset = host.to_iter_dataset(read)
-    if workers:
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # Grain passes flags of its own on to its workers
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
-        dataset = dataset.mp_prefetch(options)
-    # After the workers: a batch made inside them loses records (google/grain#1129).
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain passes flags of its own on to its workers
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
+    dataset = grain.MapDataset.source(share).to_iter_dataset(read).mp_prefetch(options)
     return iter(dataset.batch(len(rows), drop_remainder=True))
 
 
