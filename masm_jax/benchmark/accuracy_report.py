@@ -56,7 +56,7 @@ def write(study, runs, *, about):
         "interval": INTERVAL,
         "first": first,
         **about,
-        "machine": workers.machine() | {"versions": versions()},
+        "machine": machine(),
         "networks": {
             name: {key: value for key, value in values.items() if key != "tables"}
             for name, values in found.items()
@@ -237,15 +237,15 @@ def figure(summary):
     return compare.forest(entries, title=f"{summary['budget']} each", against=against)
 
 
-def versions():
-    """{package: version} of Python and those that train."""
-    found = {"Python": platform.python_version()}
+def machine():
+    """That of ``workers``, and {"versions": {package: version}} of Python and those that train."""
+    versions = {"Python": platform.python_version()}
     for package in ("jax", "torch", "monai"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return workers.machine() | {"versions": versions}
 
 
 def _difference(difference):

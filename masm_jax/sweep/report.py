@@ -166,7 +166,7 @@ def _notes(summary):
     yield (
         f"{summary['config']}" + (f" with {common}" if common else "") + f"; {values['cases']} "
         f"cases of {summary['split']}. {INTERVAL}. {COST}. {facts['date']}, {facts['cores']} cores "
-        f"of {facts['cpu']}, {versions}."
+        f"of {facts['processor']}, {versions}."
     )
 
 
