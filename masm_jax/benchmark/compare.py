@@ -10,6 +10,7 @@ Input and targets are on the device already. Stopped, the same command goes on. 
 comparison.json, report.md and plots. Peers need torch, most also MONAI (`make bench-env`).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -248,7 +249,8 @@ class Worker:
 
     def kill(self):
         """End the process in the middle of what it does."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(self._process.pid, signal.SIGKILL)
         self.close()
 
     def close(self):
