@@ -48,8 +48,8 @@ def get_config():
     model.start_from = ""
     model.size = "base"  # tiny, base or full (models/sizes.py)
     # Channels of the U-Net's encoder, times those of the decoder: it runs once for each modality.
-    # With 1, for 1.7 times the multiply-adds, short trainings had no more Dice (one seed, ten
-    # cases); long ones were not tried (docs/sweeps.md). The plain U-Net, where it runs once, has 1
+    # With 1, for 1.7 times the multiply-adds, trainings of minutes show no clear gain; of hours
+    # nothing is known (docs/sweeps.md). The plain U-Net, where it runs once, has 1
     model.encoder_width = 0.5
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's
@@ -109,7 +109,7 @@ def get_config():
     config.infer = infer = ml_collections.ConfigDict()
     infer.overlap = 0.5  # of neighbouring tiles
     infer.batch = 4  # tiles per compiled call
-    # float32, bfloat16, or auto: model.dtype, but on a CPU float32, which is four times as fast
+    # float32, bfloat16, or auto: model.dtype, but on a CPU float32, which is six times as fast
     infer.dtype = "auto"
     infer.flips = ()  # axes (0, 1, 2) mirrored at test time; (0, 1, 2) averages 8 views
     # Share of the tokens that the Modality-Aware mixers work on, by score (docs/performance.md)

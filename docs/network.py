@@ -62,6 +62,7 @@ def _network(axes, size):
     scans, labels = _phantom()
     rows = [99 - 9.4 * level for level in range(6)]
     stride, token_stride = size.stem, size.token_size
+    own = encoder_widths(masm_brats.get_config().model)
 
     for place, (name, hue) in enumerate(zip(MODALITIES, HUES)):
         y = 88 - 13.2 * place
@@ -78,12 +79,11 @@ def _network(axes, size):
     for level, y in enumerate(rows):
         stride *= size.strides[level]
         edge, width = 13.0 - 1.7 * level, size.widths[level]
-        own = encoder_widths(masm_brats.get_config().model)[level]
         height = 6.0 - 0.55 * level
         grid, patch = PATCH // stride, max(1, token_stride // stride)
         _sheets(axes, 32.5, y, edge, height)
         axes.text(17, y + 1.7, f"level {level + 1}", fontsize=8.5, weight="bold")
-        axes.text(17, y - 3.1, f"{own} × {grid}³", fontsize=8, color=GREY)
+        axes.text(17, y - 3.1, f"{own[level]} × {grid}³", fontsize=8, color=GREY)
         _mixer(axes, y, last=level == 5, tokens=grid // patch, patch=patch)
         axes.text(87, y, "1×1×1", ha="center", va="center", fontsize=8)
         _box(axes, 83.6, y - 1.9, 6.8, 3.8, edge=DECODER_EDGE, rounded=True)

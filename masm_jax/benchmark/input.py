@@ -152,11 +152,16 @@ def _throughput(args, patch, stores, failed):
     options = {"records": str(args.records), "patch": patch, "foreground": args.foreground}
     ways = [way for way in loaders.WAYS if way not in skipped()]
     store = {"store": str(pathlib.Path(stores) / str(patch))}
-    if "nnunet" in ways:
-        packed = workers.call(
-            "masm_jax.benchmark.loaders:compress", records=str(args.records), patch=patch, **store
-        )
     gone = set()
+    if "nnunet" in ways:
+        try:
+            packed = workers.call(
+                "masm_jax.benchmark.loaders:compress", records=str(args.records), patch=patch,
+                **store,
+            )  # fmt: skip
+        except workers.Failed as error:
+            gone.add(("nnunet", 0))
+            failed[f"nnunet, {patch}^3, its files"] = str(error)
     every = workers.cores()
     plans = [(way, 0) for way in ways]
     plans += [(way, len(every)) for way in ways if way in loaders.WITH_WORKERS]

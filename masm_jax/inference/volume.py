@@ -195,10 +195,9 @@ def load_run(workdir, *, which="latest", mesh=None, given=()):
 
     mesh = mesh or sharding.make_mesh(jax.local_devices())
     network, params, meta = restore_run(workdir, which=which, mesh=mesh, given=given)
-    trained_in, network = network.dtype, network.segmenting_on(mesh.devices.flat[0].platform)
-    if network.dtype != trained_in:
-        said = "%s: computing in %s here, trained in %s (infer.dtype)"
-        _log.info(said, workdir, *(kind.__name__ for kind in (network.dtype, trained_in)))
+    network, trained = network.segmenting_on(mesh.devices.flat[0].platform), network.dtype.__name__
+    if (here := network.dtype.__name__) != trained:
+        _log.info(f"{workdir}: computing in {here} here, trained in {trained} (infer.dtype)")
     segmenter = Segmenter(segment_step(network), params, mesh, Settings.of(network), network)
     others = []
     for run in network.config.infer.runs:
