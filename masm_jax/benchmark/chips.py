@@ -1,4 +1,4 @@
-"""The TPU chips: what a data sheet says, and how slices of them are named and wired.
+"""The TPU chips: what a data sheet says, and how slices of them are named and wired; peaks of GPUs.
 
 Numbers are per chip; units stand beside them. Interconnect numbers are the ones that are easily
 misread: Google prints the ICI bandwidth of a chip over all its ports and both directions ("bidi"),
@@ -107,6 +107,25 @@ CHIPS = {
         ),
     )
 }  # fmt: skip
+
+# Dense bf16 FLOP/s of tensor cores by the words in what a driver calls the GPU, the first that fit.
+# NVIDIA's data sheets of these products, half of what they print "with sparsity".
+_GPU_PEAKS = (
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+def gpu_peak(name):
+    """Dense bf16 FLOP/s of a GPU, "NVIDIA A100-SXM4-80GB"; None of one that is not known."""
+    words = set(re.split("[ -]", name))
+    return next((peak for known, peak in _GPU_PEAKS if words >= set(known.split())), None)
 
 
 @dataclasses.dataclass(frozen=True)

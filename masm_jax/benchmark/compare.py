@@ -283,7 +283,8 @@ def environment(cache, args):
 
 def report(store, todo):
     """Print the tables, write them to OUTPUT/report.md, and draw the plots."""
-    rows = ranking.rows(store.results, store.counts, store.settings)
+    device = next((said["device"] for said in store.versions.values() if "device" in said), "")
+    rows = ranking.rows(store.results, store.counts, store.settings, device)
     text = "\n".join(ranking.words(rows, store, store.failed(todo))) + "\n"
     with replacing(store.folder / "report.md") as temporary:
         temporary.write_text(text)

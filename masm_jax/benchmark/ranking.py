@@ -3,33 +3,37 @@
 import collections
 import statistics
 
-from masm_jax.benchmark import peers, published, tables
+from masm_jax.benchmark import chips, peers, published, tables
 
 NOTES = """\
 Medians of rounds in alternating order, with the quartiles over the rounds. A training step is
 forward, Dice and cross-entropy, backward, clipping, AdamW; ours has deep supervision, averaged
 weights and metrics besides, peers have one head. Memory: the most that the process held, less what
 it held after its imports, in the round with the least (on a GPU: allocated). Compilation: the
-first call of all, less a later one."""
+first call of all, less a later one. GFLOP: 2 x GMAC, of a patch. MFU, of bfloat16: TFLOP/s over
+those of the GPU's data sheet."""
 LARGE = 120.0  # GMAC forward at 128^3 of a peer that is worth being faster than
 
 
-def rows(results, counts, settings):
+def rows(results, counts, settings, device=""):
     """Summaries, in the order of the first measurement of each.
 
     Args:
       results: dicts of compare.Store.
       counts: {network: {"parameters", "forward", "train"}}.
-      settings: {"patch", "batch", ...} of compare.FIXED.
+      settings: {"patch", "batch", "dtype", ...} of compare.FIXED.
+      device: what the driver of a GPU calls it.
 
     Returns:
       dicts with "network", "variant", "mode", "framework"; "latency" (s, median over rounds),
       "spread" (first and third quartile, or None of one round), "patches" (per second), "peak"
       (bytes, of the round with the least: the first also compiles), "compile" (s, of the first
       call more than a later one), "rounds"; None where it is not known: "parameters", "macs" (of a
-      call in this mode, per patch), "per_mac" (time per multiply-add over that of peers.REFERENCE),
-      "faster" (patches/s over those of the fastest large peer).
+      call in this mode, per patch), "flops_per_second", "mfu" (these over the peak of the GPU),
+      "per_mac" (time per multiply-add over that of peers.REFERENCE), "faster" (patches/s over those
+      of the fastest large peer).
     """
+    peak = chips.gpu_peak(device) if settings["dtype"] == "bfloat16" else None
     groups = collections.defaultdict(list)
     for found in results:
         groups[found["network"], found["variant"], found["mode"]].append(found)
@@ -59,6 +63,8 @@ def rows(results, counts, settings):
     for row in summaries:
         same = [other for other in summaries if other["mode"] == row["mode"]]
         row["per_mac"], row["faster"] = _per_mac(row, same), _faster(row, same, settings["patch"])
+        rate = 2 * row["macs"] * row["patches"] if row["macs"] else None
+        row["flops_per_second"], row["mfu"] = rate, rate / peak if rate and peak else None
     return summaries
 
 
@@ -118,8 +124,9 @@ def words(summaries, store, failures):
 
 def _table(chosen, patch):
     heads = (
-        "network", "in", "M parameters", "GMAC", "ms a call", "quartiles", "patches/s",
-        "peak memory, GB", "compilation, s", f"time per GMAC, {peers.REFERENCE} = 1",
+        "network", "in", "M parameters", "GMAC", "GFLOP", "ms a call", "quartiles", "patches/s",
+        "TFLOP/s", *(["MFU"] if any(row["mfu"] for row in chosen) else []), "peak memory, GB",
+        "compilation, s", f"time per GMAC, {peers.REFERENCE} = 1",
         f"patches/s, fastest peer of {LARGE * (patch / 128) ** 3:.3g} GMAC or more = 1",
     )  # fmt: skip
     cells = []
@@ -132,9 +139,12 @@ def _table(chosen, patch):
                 f"{row['framework']}, {row['variant']}",
                 _number(row["parameters"], 1e6, ".1f"),
                 _number(row["macs"], 1e9, ".4g"),
+                _number(row["macs"], 0.5e9, ".4g"),
                 f"{1e3 * row['latency']:.4g}",
                 between,
                 f"{row['patches']:.3g}",
+                _number(row["flops_per_second"], 1e12, ".3g"),
+                *([_number(row["mfu"], 1, ".1%")] if "MFU" in heads else []),
                 f"{row['peak'] / 1e9:.2f}",
                 _number(row["compile"], 1, ".1f"),
                 _number(row["per_mac"], 1, ".2f"),

@@ -6,7 +6,7 @@ from flax import nnx
 
 from masm_jax.models import spatial
 from masm_jax.models.layers import Dense, LayerNorm
-from masm_jax.models.masking import policy_attention
+from masm_jax.models.masking import attention_scores, policy_attention
 
 
 class SelfAttention(nnx.Module):
@@ -34,8 +34,7 @@ class SelfAttention(nnx.Module):
         if cut:  # own queries; keys and values of all
             k, v = spatial.whole(k, 2), spatial.whole(v, 2)
         if keep is None:
-            scores = jnp.einsum("bhqc,bhkc->bhqk", q, k, preferred_element_type=jnp.float32)
-            y = jax.nn.softmax(scores).astype(x.dtype) @ v
+            y = jax.nn.softmax(attention_scores(q, k)).astype(x.dtype) @ v
         else:
             first = None
             if cut and spatial.count() > 1:

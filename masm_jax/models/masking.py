@@ -1,4 +1,4 @@
-"""Keep decisions and attention under a policy, as pure functions.
+"""Keep decisions, and attention with and without a policy, as pure functions.
 
 Source: DynamicViT (Rao et al., NeurIPS 2021), sections 3.2-3.3, which MASM's adaptive token pruning
 builds on. Here a pruned token is not dropped but replaced by the aligned modality's
@@ -58,6 +58,26 @@ def highest(scores, share):
     """
     count = max(1, math.ceil(share * scores.shape[1] - 1e-9))
     return jnp.sort(jax.lax.top_k(scores, count)[1], axis=-1)
+
+
+@jax.custom_vjp
+def attention_scores(q, k):
+    """q k^T, (B, heads, Q, C) and (B, heads, K, C) -> (B, heads, Q, K) float32.
+
+    The way back multiplies in the dtype of ``q``: left to itself JAX would do it in float32.
+    """
+    return _product("bhqc,bhkc->bhqk", q, k)
+
+
+def _scores_backward(saved, gradient):
+    q, k = saved
+    gradient = gradient.astype(q.dtype)
+    d_q = _product("bhqk,bhkc->bhqc", gradient, k)
+    d_k = _product("bhqk,bhqc->bhkc", gradient, q)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype)
+
+
+attention_scores.defvjp(lambda q, k: (attention_scores(q, k), (q, k)), _scores_backward)
 
 
 def policy_softmax(scores, keep, eps=_EPS, own=None):

@@ -57,3 +57,19 @@ def test_every_number_has_a_source_and_all_reduce_of_a_pod_agrees():
         if chip.name in published:  # what a chip gives to an all-reduce: all its ports, one way
             pod, together = published[chip.name]
             assert together / pod == pytest.approx(2 * chip.axes * chip.ici_port, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),  # not an L4, nor an L40S
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_gpus(name, peak):
+    assert chips.gpu_peak(name) == peak

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 
@@ -269,6 +270,9 @@ COUNTS = {
 }
 
 
+SETTINGS = {"patch": 128, "batch": 1, "dtype": "float32"}
+
+
 def test_medians_and_ratios_by_hand():
     results = [
         result("masm_base", "jit", 2.0, first=12.0, peak=5e9),
@@ -278,18 +282,35 @@ def test_medians_and_ratios_by_hand():
         result("dynunet", "compile", 10.0),
         result("unet_base_torch", "eager", 0.5),  # the fastest, but no large peer
     ]
-    rows = ranking.rows(results, COUNTS, {"patch": 128, "batch": 4})
+    rows = ranking.rows(results, COUNTS, SETTINGS | {"batch": 4})
     own, eager, compiled, small = rows
     assert (own["latency"], own["patches"], own["spread"]) == (2.0, 2.0, (1.5, 3.0))
     assert own["compile"] == 10.0 and own["peak"] == 2e9 and own["rounds"] == 3
     assert eager["spread"] is None and eager["per_mac"] == 2.0 and compiled["per_mac"] == 1.0
     assert own["per_mac"] == pytest.approx((2 / 50) / (10 / 500))
     assert own["faster"] == 5.0 and small["faster"] == 20.0
+    assert own["flops_per_second"] == 2 * 50e9 * 2.0 and own["mfu"] is None
 
 
 def test_without_a_reference_there_is_no_ratio():
-    (row,) = ranking.rows([result("masm_base", "jit", 2.0)], {}, {"patch": 128, "batch": 1})
-    assert row["per_mac"] is row["faster"] is row["macs"] is None
+    (row,) = ranking.rows([result("masm_base", "jit", 2.0)], {}, SETTINGS)
+    assert row["per_mac"] is row["faster"] is row["macs"] is row["flops_per_second"] is None
+
+
+def test_mfu_of_a_known_gpu():
+    results = [result("masm_base", "jit", 0.002, mode="train")]
+    for dtype, device, mfu in (
+        ("bfloat16", "NVIDIA A100-SXM4-80GB", 2 * 150e9 / 0.002 / 312e12),
+        ("bfloat16", "NVIDIA Something", None),
+        ("float32", "NVIDIA A100-SXM4-80GB", None),
+    ):
+        settings = SETTINGS | {"dtype": dtype, "device": "cuda", "threads": 2}
+        rows = ranking.rows(results, COUNTS, settings, device)
+        assert rows[0]["mfu"] == (mfu and pytest.approx(mfu))
+        store = types.SimpleNamespace(settings=settings, versions={"jax": {"device": device}})
+        text = "\n".join(ranking.words(rows, store, {}))
+        assert ("| MFU |" in text) == (mfu is not None)
+        assert "| 150 | 300 | 2 |" in text and ("| 48.1% |" in text) == (mfu is not None)
 
 
 def test_the_front_is_what_nothing_cheaper_beats():
