@@ -109,7 +109,8 @@ CHIPS = {
 }  # fmt: skip
 
 # Dense bf16 FLOP/s of tensor cores by the words in what a driver calls the GPU, the first that fit.
-# NVIDIA's data sheets of these products, half of what they print "with sparsity".
+# What NVIDIA's data sheets have without sparsity, as tables of others quote them (2026-11-29); the
+# sheets themselves were not read.
 _GPU_PEAKS = (
     ("H200 NVL", 835e12),
     ("H200", 989e12),

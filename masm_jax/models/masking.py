@@ -62,18 +62,18 @@ def highest(scores, share):
 
 @jax.custom_vjp
 def attention_scores(q, k):
-    """q k^T, (B, heads, Q, C) and (B, heads, K, C) -> (B, heads, Q, K) float32.
+    """q k^T, (..., Q, C) and (..., K, C) -> (..., Q, K) float32.
 
     The way back multiplies in the dtype of ``q``: left to itself JAX would do it in float32.
     """
-    return _product("bhqc,bhkc->bhqk", q, k)
+    return _product("...qc,...kc->...qk", q, k)
 
 
 def _scores_backward(saved, gradient):
     q, k = saved
     gradient = gradient.astype(q.dtype)
-    d_q = _product("bhqk,bhkc->bhqc", gradient, k)
-    d_k = _product("bhqk,bhqc->bhkc", gradient, q)
+    d_q = _product("...qk,...kc->...qc", gradient, k)
+    d_k = _product("...qk,...qc->...kc", gradient, q)
     return d_q.astype(q.dtype), d_k.astype(k.dtype)
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 
 from masm_jax.models.attention import MLP
 from masm_jax.models.layers import Dense, LayerNorm, planes, space_to_depth, volumes
+from masm_jax.models.masking import attention_scores
 from masm_jax.models.residual import ResidualBlock
 
 WINDOW = 7  # tokens an edge
@@ -58,9 +59,7 @@ class WindowAttention(nnx.Module):
         head = width // self.heads
         qkv = self.qkv(x).reshape(batch, windows, tokens, 3, self.heads, head)
         q, k, v = qkv.transpose(3, 0, 1, 4, 2, 5)  # each (B, windows, heads, N, head)
-        scores = jnp.einsum(
-            "bwhqc,bwhkc->bwhqk", q * head**-0.5, k, preferred_element_type=jnp.float32
-        )
+        scores = attention_scores(q * head**-0.5, k)
         scores = scores + self.table[...][_relative(tokens)].transpose(2, 0, 1)
         if mask is not None:
             scores = scores + mask[:, None]
