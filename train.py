@@ -30,7 +30,7 @@ from masm_jax.inference.volume import Segmenter, Settings
 from masm_jax.metric_log import MetricLog, NonFinite
 from masm_jax.models import from_monai
 from masm_jax.plan import Plan, step_function
-from masm_jax.state import Network, abstract_state, init_state
+from masm_jax.state import Network, init_state
 from masm_jax.steps import eval_step, segment_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
@@ -68,7 +68,6 @@ def train(config, workdir, roll):
     sharding.check_batch(mesh, config.batch_size, config.accumulate)
     roll.agree("the config", run_config.to_dict(config))
     roll.agree("the records", _fingerprint(records, split))
-    abstract = abstract_state(network)
     plan = Plan(config, network, mesh, cases=len(split["train"]))
     log.info(
         "%d cases to train on, %d to validate; %s, regions %s",
@@ -88,7 +87,7 @@ def train(config, workdir, roll):
     # ---------------------------------------------------------------- state: new or restored
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.log.keep)
     everywhere = sharding.replicated(mesh)
-    target = checkpoint.with_sharding(abstract, everywhere)
+    target = checkpoint.with_sharding(plan.state, everywhere)
     _refuse_another(workdir, config, split, started=checkpoints.latest() is not None)
     start, state, _ = checkpoints.restore_newest(target, roll, put_aside=True)
     start = start or 0

@@ -20,16 +20,19 @@ class Plan:
       network: on the mesh.
       mesh: of the run.
       cases: to train on.
+
+    Attributes:
+      state: of the run, its shapes and dtypes.
     """
 
     def __init__(self, config, network, mesh, *, cases):
         self.config, self.network, self.mesh, self.cases = config, network, mesh, cases
-        self._state = abstract_state(network)
+        self.state = abstract_state(network)
 
     def line(self):
         """Mesh, parameters and devices in a line."""
         shape, count = self.mesh.shape, jax.process_count()
-        parameters = num_parameters(self._state["params"]) / 1e6
+        parameters = num_parameters(self.state["params"]) / 1e6
         return (
             f"{parameters:.2f} M parameters in {self.config.model.dtype}; {self.mesh.devices.size} "
             f"{jax.default_backend()} device(s), {shape['data']} data x {shape['spatial']} spatial"
@@ -56,7 +59,7 @@ class Plan:
         config, count = self.config, self.cases
         hosts = collections.Counter(device.process_index for device in self.mesh.devices.flat)
         memory = self.compiled().memory_analysis()
-        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._state))
+        state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state))
         rows = [
             ("mesh", self.line()),
             ("hosts", ", ".join(f"process {p}: {n} devices" for p, n in sorted(hosts.items()))),

@@ -68,13 +68,14 @@ def train_step(network):
             config.accumulate,
         )
         loss, parts, kept = loss_of(terms, number, free)
-        updates, opt_state = tx.update(gradient, state["opt_state"], state["params"])
+        norm = optax.tree.norm(gradient)
+        updates, opt_state = tx.update(gradient, state["opt_state"], state["params"], norm=norm)
         params = optax.apply_updates(state["params"], updates)
         metrics = {
             "train/loss": loss,
             **{f"train/{name}": value for name, value in parts.items()},
             "train/learning_rate": schedule(number),
-            "train/grad_norm": optax.tree.norm(gradient),
+            "train/grad_norm": norm,
         }
         if kept:
             metrics["train/temperature"] = heat

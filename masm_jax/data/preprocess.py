@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.sparse
+import scipy
 
 from masm_jax.data import conventions, nifti
 from masm_jax.data.cases import Case, Problem
@@ -202,7 +202,7 @@ def resample_labels(
     return result
 
 
-def _weights(size: int, new_size: int) -> scipy.sparse.csr_array:
+def _weights(size: int, new_size: int) -> "scipy.sparse.csr_array":
     """(new_size, size) float32 weights of one axis, rows summing to 1.
 
     Sparse, because a threaded matrix product takes twenty times as long on busy cores.

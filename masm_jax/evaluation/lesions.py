@@ -22,8 +22,7 @@ from typing import Any, Final, NamedTuple
 
 import cc3d
 import numpy as np
-import surface_distance
-from scipy import ndimage, optimize
+import scipy  # its parts are loaded where they are used: not in the start of a training
 
 from masm_jax.evaluation.surfaces import hd95, joint_box, nsd, surface_distances
 
@@ -113,7 +112,7 @@ def _brats2023(prediction, reference, spacing, tolerance, dilation_voxels, volum
     predicted, number = components(prediction)
     joined, count = components(_dilated(reference, dilation_voxels))
     lesions, used = [], set()
-    boxes = ndimage.find_objects(joined, count) if count else []
+    boxes = scipy.ndimage.find_objects(joined, count) if count else []
     for lesion, box in enumerate(boxes, 1):
         # The box of the joined component holds the lesion as dilated by itself.
         own = reference[box] & (joined[box] == lesion)
@@ -155,7 +154,7 @@ def _brats2025(prediction, reference, spacing, tolerance):
     # Several matchings can have the same sum: costs of panoptica's form, so that ties fall alike.
     cost = np.where(dice > 1e-6, 1 - dice, 1 + 1e-6)
     matched = {}
-    for r, p in zip(*optimize.linear_sum_assignment(cost[1:, 1:])):
+    for r, p in zip(*scipy.optimize.linear_sum_assignment(cost[1:, 1:])):
         if dice[r + 1, p + 1] > 1e-6:
             matched[r + 1] = p + 1
     lesions = []
@@ -200,7 +199,8 @@ def _dilated(mask, voxels):
     """Grown by so many voxels over faces and edges."""
     if not mask.any():
         return mask
-    return ndimage.binary_dilation(mask, ndimage.generate_binary_structure(3, 2), voxels)
+    neighbours = scipy.ndimage.generate_binary_structure(3, 2)
+    return scipy.ndimage.binary_dilation(mask, neighbours, voxels)
 
 
 def _area_weighted(prediction, reference, spacing, tolerance):
@@ -208,6 +208,8 @@ def _area_weighted(prediction, reference, spacing, tolerance):
 
     This HD95 is the larger of the two directed percentiles.
     """
+    import surface_distance  # brings SciPy's parts along
+
     distances = surface_distance.compute_surface_distances(reference, prediction, spacing)
     overlap = np.count_nonzero(prediction & reference)
     return {

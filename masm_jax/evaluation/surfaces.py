@@ -7,7 +7,7 @@ so tumour cut by the border has a surface there.
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import ndimage, spatial
+import scipy
 
 Box = tuple[slice, ...]
 Distances = tuple[np.ndarray, np.ndarray]
@@ -38,7 +38,7 @@ def surface_distances(
     # for two small lesions at opposite ends of the brain as for two close ones. Large leaves: a
     # third faster where surfaces lie far apart, and no slower where they do not.
     to_reference, to_prediction = (
-        spatial.cKDTree(there, leafsize=64, balanced_tree=False).query(here)[0]
+        scipy.spatial.cKDTree(there, leafsize=64, balanced_tree=False).query(here)[0]
         for here, there in ((own[0], whole[1]), (own[1], whole[0]))
     )
     return np.concatenate([zeros, to_reference]), np.concatenate([zeros, to_prediction])
@@ -85,4 +85,4 @@ def joint_box(a: np.ndarray, b: np.ndarray, margin: int = 0) -> Box:
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
-    return mask & ~ndimage.binary_erosion(mask)  # default structure: six face neighbours
+    return mask & ~scipy.ndimage.binary_erosion(mask)  # default structure: six face neighbours

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import cc3d
 import numpy as np
-from scipy import ndimage
+import scipy
 
 from masm_jax.data.conventions import REGIONS
 
@@ -75,7 +75,7 @@ def decode(
         if largest and index == 0 and mask.any():
             mask = cc3d.largest_k(mask, k=1, connectivity=26) > 0
         if fill and index < len(names) - 1:
-            mask = ndimage.binary_fill_holes(mask)
+            mask = scipy.ndimage.binary_fill_holes(mask)
         for outer in present:
             if set(regions[name]) < set(regions[outer]):
                 mask &= present[outer]

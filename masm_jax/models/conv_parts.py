@@ -31,7 +31,7 @@ def windows(x, depth, size, stride, row):
     def window(index):
         plane, part = index // split, index % split
         start = (plane // planes, plane % planes * stride, part * rows * stride, 0, 0)
-        return lax.dynamic_slice(volumes, start, shape)[0]
+        return cut(volumes, start, shape)[0]
 
     return n // stride * split, rows, window
 
@@ -65,6 +65,12 @@ def padded(x, depth, side, ends=True):
     return jnp.pad(volumes, ((0, 0), *around, (0, 0)))
 
 
+def cut(x, start, shape):
+    """``lax.dynamic_slice`` from indices of which none counts from the end: three operations an
+    index less, in the program and in its trace."""
+    return lax.dynamic_slice(x, start, shape, allow_negative_indices=False)
+
+
 def equal_parts(n, most):
     """The least number of equal parts of n with at most ``most`` each."""
     return next(parts for parts in range(-(-n // most), n + 1) if n % parts == 0)
@@ -73,7 +79,7 @@ def equal_parts(n, most):
 def beside_others(all_of_them, part, number):
     """``part`` in its place among the channels of all, which XLA writes there without a copy."""
     start = (0,) * (part.ndim - 1) + (number * part.shape[-1],)
-    return lax.dynamic_update_slice(all_of_them, part, start)
+    return lax.dynamic_update_slice(all_of_them, part, start, allow_negative_indices=False)
 
 
 def over_places(x, y):

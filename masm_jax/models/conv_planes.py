@@ -187,11 +187,11 @@ def _kernel_gradient(x, dy, size, depth, both):
         volume, plane = plane // depth, plane % depth
         for tap in range(size):
             start = (volume, plane + tap, row, 0, 0)
-            (part,) = lax.dynamic_slice(volumes, start, (1, *block, channels))
+            (part,) = conv_parts.cut(volumes, start, (1, *block, channels))
             seen = conv_parts.beside_others(seen, part, tap)
         for tap, (i, j) in enumerate(np.ndindex(size, size)):
             start = (volume, plane + before, row + i, j, 0)
-            (part,) = lax.dynamic_slice(padded, start, (1, *block, out))
+            (part,) = conv_parts.cut(padded, start, (1, *block, out))
             near = conv_parts.beside_others(near, part, tap)
         return conv_parts.over_places(seen, near), seen, near
 
@@ -267,7 +267,7 @@ def _to_every_second(dy, kernel, depth):
 
     def plane(index):
         start = (index // depth, index % depth, 0, 0, 0)
-        (seen,) = lax.dynamic_slice(ahead, start, (1, 2, *ahead.shape[2:]))
+        (seen,) = conv_parts.cut(ahead, start, (1, 2, *ahead.shape[2:]))
         seen = [seen[d, i : i + h, j : j + w] for d, i, j in np.ndindex(2, 2, 2)]
         dx = (jnp.concatenate(seen, -1) @ flat).reshape(h, w, 2, 2, 2, channels)
         return dx.transpose(2, 0, 3, 1, 4, 5)

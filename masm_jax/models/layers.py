@@ -4,6 +4,7 @@ Modules hold float32 parameters; they compute in the dtype of their input and re
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -191,7 +192,7 @@ def product(x, kernel):
     """
     fold = 4 if kernel.shape[-1] < 8 and isinstance(x.shape[0], int) and x.shape[0] % 4 == 0 else 1
     kernel = jnp.kron(jnp.eye(fold, dtype=kernel.dtype), kernel) if fold > 1 else kernel
-    y = jnp.matmul(x.reshape(-1, kernel.shape[0]), kernel, preferred_element_type=jnp.float32)
+    y = jax.lax.dot(x.reshape(-1, kernel.shape[0]), kernel, preferred_element_type=jnp.float32)
     return y.reshape(-1, kernel.shape[-1] // fold)
 
 
@@ -216,8 +217,8 @@ class Dense(nnx.Module):
             # three copies, for the gradients by the kernel, by the bias and by x.
             rows = np.cumsum([part.shape[-1] for part in parts[:-1]])
             flat = (part.reshape(-1, part.shape[-1]) for part in parts)
-            y = sum(product(part, own) for part, own in zip(flat, jnp.split(kernel, rows)))
-            y = y.astype(kernel.dtype)
+            products = map(product, flat, jnp.split(kernel, rows))
+            y = functools.reduce(operator.add, products).astype(kernel.dtype)
         else:
             y = (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)) @ kernel
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -232,10 +233,15 @@ class LayerNorm(nnx.Module):
         self.shift = nnx.Param(np.zeros((features,), np.float32))
 
     def __call__(self, x):
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
-        return (y * self.scale[...] + self.shift[...]).astype(x.dtype)
+        return _layer_norm(x, self.scale[...], self.shift[...])
+
+
+@jax.jit  # traced once for each shape: there are fifty in a network
+def _layer_norm(x, scale, shift):
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+    return (y * scale + shift).astype(x.dtype)
 
 
 def apply_all(blocks, x, depth):
