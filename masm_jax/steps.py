@@ -68,7 +68,7 @@ def train_step(network):
             config.accumulate,
         )
         loss, parts, kept = loss_of(terms, number, free)
-        norm = optax.tree.norm(gradient)
+        norm = optim.global_norm(gradient)
         updates, opt_state = tx.update(gradient, state["opt_state"], state["params"], norm=norm)
         params = optax.apply_updates(state["params"], updates)
         metrics = {

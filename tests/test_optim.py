@@ -134,6 +134,36 @@ def theirs(section, gradients, make, total_steps=100):
     return {name: weight.detach().numpy() for name, weight in weights.items()}
 
 
+def test_the_global_norm_is_that_of_all_arrays():
+    random = np.random.default_rng(0)
+    shapes = {
+        "long": (130, 127),
+        "short": (7,),
+        "scalar": (),
+        "kernel": (3, 3, 3, 2, 5),
+        "none": (0, 3),
+    }
+    arrays = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    expected = np.linalg.norm(
+        np.concatenate([x.ravel() for x in arrays.values()], dtype=np.float64)
+    )
+    np.testing.assert_allclose(optim.global_norm(arrays), expected, rtol=1e-6)
+    long = {"long": arrays["long"]}
+    np.testing.assert_allclose(optim.global_norm(long), np.linalg.norm(long["long"]), rtol=1e-6)
+
+
+def test_a_norm_that_is_known_is_taken(make_config):
+    optimiser = optim.optimiser(make_config().optim, 100)
+    params, gradient = tree(), tree(1, scale=50.0)
+    state = optimiser.init(params)
+    alone, _ = optimiser.update(gradient, state, params)
+    told, _ = optimiser.update(gradient, state, params, norm=optim.global_norm(gradient))
+    jax.tree.map(np.testing.assert_array_equal, alone, told)
+    state = optimiser.update(gradient, state, params, norm=jnp.float32(np.inf))[1]
+    moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+    assert moments and not any(np.any(leaf) for leaf in moments)  # scaled down to nothing
+
+
 @pytest.mark.parametrize("clip_norm", [1e6, 0.5])
 def test_adamw_against_torch(clip_norm):
     section = settings(

@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 from masm_jax import runtime
+from masm_jax.commands import REPOSITORY
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -56,6 +57,16 @@ def test_garbage_is_looked_for_rarely_for_a_while_alone():
     assert gc.get_threshold()[0] > 10 * before[0]
     runtime.collect_as_ever()
     assert gc.get_threshold() == before
+
+
+def test_a_training_starts_without_what_it_does_not_need_yet():
+    """Each of them takes a tenth of a second and more: docs/performance.md."""
+    late = ["scipy.ndimage", "scipy.optimize", "scipy.spatial", "matplotlib.figure", "tensorboardX"]
+    asked = f"import sys, train; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", asked], capture_output=True, text=True, check=True, cwd=REPOSITORY
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_process_says_where_it_is_when_asked_and_goes_on():
