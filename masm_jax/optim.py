@@ -104,7 +104,8 @@ def average(ema, params, step, decay):
     """
     step = step.astype(jnp.float32)
     rate = jnp.minimum(decay, (1 + step) / (10 + step))
-    return jax.tree.map(lambda old, new: old * rate + new * (1 - rate), ema, params)
+    rest = 1 - rate
+    return jax.tree.map(lambda old, new: old * rate + new * rest, ema, params)
 
 
 def _is_kernel(params):

@@ -236,12 +236,32 @@ class LayerNorm(nnx.Module):
         return _layer_norm(x, self.scale[...], self.shift[...])
 
 
-@jax.jit  # traced once for each shape: there are fifty in a network
+@jax.custom_vjp
 def _layer_norm(x, scale, shift):
+    return _layer_norm_forward(x, scale, shift)[0]
+
+
+@jax.jit  # traced once for each shape: there are fifty in a network
+def _layer_norm_forward(x, scale, shift):
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
-    return (y * scale + shift).astype(x.dtype)
+    slope = jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + 1e-5)
+    y = y * slope
+    return (y * scale + shift).astype(x.dtype), (y, slope, scale)
+
+
+@jax.jit
+def _layer_norm_backward(saved, dy):
+    """dx = slope (g - mean(g) - y mean(y g)), g = dy scale."""
+    y, slope, scale = saved
+    dtype, dy = dy.dtype, dy.astype(jnp.float32)
+    g = dy * scale
+    dx = slope * (g - g.mean(-1, keepdims=True) - y * (y * g).mean(-1, keepdims=True))
+    rows = tuple(range(dy.ndim - 1))
+    return dx.astype(dtype), (dy * y).sum(rows), dy.sum(rows)
+
+
+_layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 def apply_all(blocks, x, depth):
