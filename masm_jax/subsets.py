@@ -96,6 +96,7 @@ def _run(args):
         "cases": cases,
         "modalities": list(records.modalities),
         "regions": list(records.regions),
+        "without": _without(records, cases),
         "runs": {
             name: {
                 "workdirs": [str(workdir) for workdir in group],
@@ -232,6 +233,30 @@ def measure(segmenter, records, cases, failed):
     return found
 
 
+def _without(records, cases):
+    """{region: cases that have none of it}, empty for most."""
+    values = {case: np.unique(records.label(case)) for case in cases}
+    return {
+        region: [case for case in cases if not np.isin(values[case], own).any()]
+        for region, own in records.regions.items()
+    }
+
+
+def _absent(run, found):
+    """``compare.absent`` over subsets and seeds."""
+    cells = [(c, r, found["without"][r]) for c in found["cases"] for r in found["regions"]]
+    return compare.absent(
+        [
+            {
+                (case, region): {"dice": value, "reference_ml": float(case not in lacking)}
+                for (case, region, lacking), value in zip(cells, np.ravel(dice).tolist())
+            }
+            for seeds in run["dice"].values()
+            for dice in seeds
+        ]
+    )
+
+
 def differences(runs):
     """How far the first is from each other one: {name: ``compare.crossed``}.
 
@@ -280,6 +305,7 @@ def table(found):
             f"{first} minus {names[run]}, over all subsets: {interval_words(row)}, 95 % over cases"
             + (f" and {row['seeds']} seeds." if row["seeds"] > 1 else ", one training each.")
         )
+    lines += compare.absent_lines({names[name]: _absent(run, found) for name, run in runs.items()})
     never = [names[name] for name, run in runs.items() if not run["trained_for_it"]]
     if never:
         lines.append(f"Never lost a modality in training: {', '.join(never)}.")

@@ -76,6 +76,26 @@ def test_the_command(tmp_path, capsys):
         assert [row["metric"] for row in csv.DictReader(file)] == ["dice", "hd95"]
 
 
+def test_cases_without_a_region_are_told_apart(tmp_path, capsys):
+    """Two cases of three have ET: what the third is worth is said, and what the others have."""
+    for name, dice in (("a", (0.8, 0.6, 0.0)), ("b", (0.7, 0.6, 1.0))):
+        (tmp_path / name).mkdir()
+        rows = [f"c{i},ET,{value},{(5, 9, 0)[i]}" for i, value in enumerate(dice)]
+        rows += [f"c{i},WT,0.9,30" for i in range(3)]
+        lines = "\n".join(["case,region,dice,reference_ml", *rows])
+        (tmp_path / name / "metrics.csv").write_text(lines + "\n")
+    a, b = (compare.read(tmp_path / name) for name in "ab")
+    assert compare.absent([a]) == {"ET": {"scored": 1, "left_empty": 0, "dice": 0.7}}
+    assert compare.absent([a, b])["ET"] == {
+        "scored": 2, "left_empty": 1, "dice": pytest.approx(0.675)
+    }  # fmt: skip
+    assert compare.absent([{("x", "ET"): {"dice": 1.0, "reference_ml": 0.0}}])["ET"]["dice"] is None
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'out'}"]
+    assert compare.main([*words, "--metrics=dice"]) == 0
+    said = "Cases without ET count 1 or 0; left empty: A 0 of 1, B 1 of 1. Dice of those with it: "
+    assert f"\n{said}A 0.700, B 0.650.\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("first", "metrics", "words"),
     [

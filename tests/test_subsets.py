@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_seeds_are_averaged_and_paired():
     runs = {"out/a": of((0.8, 0.6), (0.6, 0.4)), "out/b": of((0.4, 0.2), (0.4, 0.2))}
     runs["out/b"]["trained_for_it"] = False
     found = {"cases": ["x", "y"], "modalities": ["t1", "t2"], "regions": ["WT"], "runs": runs}
-    found["differences"] = subsets.differences(runs)
+    found["differences"], found["without"] = subsets.differences(runs), {"WT": ["y"]}
     row = found["differences"]["out/b"]
     # Means over the two subsets are 3/4 of the Dice: 0.4 and 0.2 apart in the two seeds.
     assert row["difference"] == pytest.approx(0.75 * 0.3)
@@ -39,7 +40,15 @@ def test_seeds_are_averaged_and_paired():
     assert lines[4] == "| ● | ● | 0.600 | 0.600 | 0.300 | 0.300 |"
     assert lines[6] == "| mean |  | 0.450 | 0.450 | 0.225 | 0.225 |"
     said = "a minus b, over all subsets: +0.225 [+0.150, +0.300], 95 % over cases and 2 seeds."
-    assert lines[7:] == ["", said, "Never lost a modality in training: b."]
+    empty = "Cases without WT count 1 or 0; left empty: a 0 of 4, b 0 of 4."
+    empty += " Dice of those with it: a 0.525, b 0.300."  # x alone, subsets and seeds
+    assert lines[7:] == ["", said, empty, "Never lost a modality in training: b."]
+
+
+def test_which_cases_lack_a_region():
+    labels = {"x": np.array([0, 2]), "y": np.array([0, 1, 3])}
+    records = types.SimpleNamespace(label=labels.get, regions={"WT": (1, 2, 3), "ET": (3,)})
+    assert subsets._without(records, ["x", "y"]) == {"WT": [], "ET": ["x"]}
 
 
 def test_one_training_each_is_paired_whatever_it_is_called():

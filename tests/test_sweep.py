@@ -93,7 +93,7 @@ def evaluated(flags, folder):
     tables.write_summary_json(output / "summary.json", summary)
     gain = config["seed"] * (0.3 if row == "gate" else 0.1)
     tables.write_metrics_csv(output / "metrics.csv", [
-        {"case": case, "region": region, "dice": dice + gain}
+        {"case": case, "region": region, "dice": dice + gain, "reference_ml": 7 * (case == "c0")}
         for case, rows in DICE.items() for region, dice in zip(("WT", "TC"), rows[row])
     ])  # fmt: skip
 
@@ -239,6 +239,9 @@ def test_the_table_by_hand(sweep, runner, capsys, monkeypatch):
     text = (sweep.out / "table.md").read_text()
     row = "| gate | 2 | 0.800 | 0.550 | 0.675 | 0.525, 0.825 | +0.225 [+0.100, +0.350] | 4 |"
     assert row in text
+    # c1 has no tumour; its one Dice of 1 is that of gate, seed 1. c0: 0.6, 0.4, in seed 1 0.3 more.
+    assert "Cases without WT count 1 or 0; left empty: plain 0 of 2, gate 1 of 2, late" in text
+    assert "gate 0.750" in text and "gate 0.550" in text  # WT and TC of c0
     for name in ("differences.png", "keep.png"):
         assert (sweep.out / name).read_bytes().startswith(b"\x89PNG")
 

@@ -103,6 +103,7 @@ def _network(study, runs):
         **{key: statistics.mean(values) for key, values in columns.items()},
         "dice": {name: statistics.mean(one[name] for one in dice) for name in dice[0]},
         "seeds": seeds,
+        "absent": compare.absent(evaluated.values()),
         "cases": len({case for case, _ in next(iter(evaluated.values()))}),
         "trained_on": sorted(leaked),
         "tables": evaluated,
@@ -210,6 +211,8 @@ def table(summary):
     leaked = next(iter(networks.values()))["trained_on"]
     if leaked:
         lines += ["", f"**{len(leaked)} of the cases were trained on.**"]
+    for line in compare.absent_lines({name: one["absent"] for name, one in networks.items()}):
+        lines += ["", line]
     cases, facts = next(iter(networks.values()))["cases"], summary["machine"]
     versions = ", ".join(f"{package} {version}" for package, version in facts["versions"].items())
     return [

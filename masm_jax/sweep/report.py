@@ -85,6 +85,7 @@ def _row(sweep, name):
     return {
         "changes": dict(sweep.rows[name]),
         "seeds": list(folders),
+        "absent": compare.absent(evaluations.values()),
         "cases": len({case for case, _ in next(iter(evaluations.values()))}),
         "trained_on": sorted({case for one in summaries for case in one.get("trained_on", ())}),
         "dice": {region: statistics.mean(one[region] for one in dice) for region in dice[0]},
@@ -162,6 +163,9 @@ def _notes(summary):
     leaked = values["trained_on"]
     if leaked:
         yield f"**{len(leaked)} of the cases were trained on.**"
+        yield ""
+    for line in compare.absent_lines({name: one["absent"] for name, one in rows.items()}):
+        yield line
         yield ""
     yield (
         f"{summary['config']}" + (f" with {common}" if common else "") + f"; {values['cases']} "

@@ -55,9 +55,9 @@ def evaluated(folder, dice, *, step=4):
     (folder / "metrics.jsonl").write_text(line * 2)
     with open(folder / "eval" / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "region", "dice"])
+        writer.writerow(["case", "region", "dice", "reference_ml"])
         for case, (whole, core) in dice.items():
-            writer.writerows([[case, "WT", whole], [case, "TC", core]])
+            writer.writerows([[case, "WT", whole, 9], [case, "TC", core, 5 if case == "x" else 0]])
 
 
 def test_differences_are_paired_by_case_and_averaged_over_seeds(tmp_path):
@@ -91,6 +91,12 @@ def test_differences_are_paired_by_case_and_averaged_over_seeds(tmp_path):
     accuracy_report.write(whole, runs, about={})
     summary = json.loads((tmp_path / "steps-4" / "summary.json").read_text())
     assert summary["differences"]["b"]["regions"]["WT"]["difference"] == pytest.approx(0.15)
+    # Case y has no TC, and no network leaves it empty: 0.3 + 0.2, and 0.3 + 0 and 0.3 + 0.1.
+    assert summary["networks"]["a"]["absent"] == {
+        "TC": {"scored": 2, "left_empty": 0, "dice": pytest.approx(0.5)}
+    }
+    said = "left empty: a 0 of 2, b 0 of 2. Dice of those with it: a 0.500, b 0.350."
+    assert said in (tmp_path / "steps-4" / "table.md").read_text()
 
 
 def arguments(records, **changes):
