@@ -38,13 +38,11 @@ def in_order(
     pool = concurrent.futures.ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is answered by the parent alone
     )
     pending: collections.deque[concurrent.futures.Future] = collections.deque()
     try:
         for job in jobs:
-            with _one_thread_each():
+            with _of_workers():
                 pending.append(pool.submit(function, *job))
             while pending and (len(pending) > workers + 1 or pending[0].done()):
                 yield pending.popleft().result()
@@ -61,11 +59,13 @@ def in_order(
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started inside use one thread for matrix products: many would fight over cores."""
+def _of_workers() -> Iterator[None]:
+    """Processes started inside use one thread for matrix products, for many would fight over cores,
+    and never see Ctrl-C, not even while they import: it is answered by the parent alone, after."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
@@ -74,3 +74,4 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # raises what has come meanwhile
