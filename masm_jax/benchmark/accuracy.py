@@ -27,7 +27,7 @@ import time
 import jax
 
 from masm_jax import config as config_lib
-from masm_jax import config_file, run_config, runtime
+from masm_jax import config_file, locks, run_config, runtime
 from masm_jax.benchmark import accuracy_report, torch_networks
 from masm_jax.benchmark.study import OURS, Budget, Fold, Run, Study
 from masm_jax.commands import REPOSITORY, Stopped
@@ -96,7 +96,7 @@ def run(args):
     ]
     failed, rates, stopped = {}, {}, False
     try:
-        with runtime.StopSignal() as stop:
+        with locks.alone(output), runtime.StopSignal() as stop:
             if args.dry_run or any(budget.kind == "minutes" for budget in budgets):
                 _time(study, networks, folds[0], rates, failed, stop)
             if not args.dry_run:

@@ -10,7 +10,7 @@ import types
 import numpy as np
 import pytest
 
-from masm_jax import runtime, subsets
+from masm_jax import locks, runtime, subsets
 from masm_jax.benchmark import __main__ as benchmark
 from masm_jax.benchmark import accuracy, accuracy_report, study
 from masm_jax.benchmark.study import Budget, Fold, Run
@@ -288,6 +288,17 @@ def test_an_error_is_one_line(records, tmp_path, capsys, flags, words):
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())  # another study may begin there
+
+
+def test_two_do_not_work_in_one_folder(records, tmp_path, capsys):
+    """The second one would find folders of runs in use, and count them as failed."""
+    given = ["accuracy", f"--records={records}", f"--output={tmp_path}", "--networks=masm"]
+    given += ["--config=configs/masm_demo.py", "--split=0/2", "--budget=steps:1"]
+    with locks.alone(tmp_path):
+        assert benchmark.main(given) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: " in error and "wait for it, stop it, or name another folder" in error
+    assert error.count("\n") == 1 and not (tmp_path / "steps-1").exists()
 
 
 def test_help_can_be_formatted():
