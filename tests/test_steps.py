@@ -142,7 +142,10 @@ def test_a_few_steps_lower_the_loss(mixed):
 
 
 ALL_PAIRS = tuple(itertools.combinations(("t1", "t1ce", "t2", "flair"), 2))
-EVERYTHING = {"mosaic": "learnt", "shift_extras": ("channel", "gate", "window"), "detail": 4}
+EVERYTHING = {
+    "mosaic": "learnt", "shift_extras": ("channel", "gate", "window"), "detail": 4,
+    "pair_input": True,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

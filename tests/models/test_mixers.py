@@ -7,14 +7,17 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
+from masm_jax.models import masm
 from masm_jax.models.aware import AwareMixer, exchanged
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.detail import Detail
+from masm_jax.models.encoder import Encoder
 from masm_jax.models.init import Initialiser
 from masm_jax.models.layers import Fuse, depth_to_space, planes, volumes
 from masm_jax.models.masm import MASM, together
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.tokens import Tokens
+from masm_jax.state import Network
 
 GRID = (2, 3, 2)
 SHAPE = (2, 4, 8, 12, 8, 6)  # patches of 4
@@ -53,6 +56,30 @@ def aware(pairs=((0, 1), (2, 3)), keep_bias=3.0):
         6, 4, GRID, pairs=pairs, modalities=4, width=16, heads=2, depth=1, keep_bias=keep_bias,
         init=Initialiser(0),
     )  # fmt: skip
+
+
+def test_the_partners_of_a_scan_by_hand():
+    """Four scans of which the first is paired with the second and third, the last with none."""
+    known = masm.partners([(0, 1), (2, 0)], 4)
+    assert known == ((1, 2), (0,), (0,), ())
+    x = jnp.arange(1.0, 9.0).reshape(4 * 2, 1, 1, 1)  # two planes each: 1 2, 3 4, 5 6, 7 8
+    found = masm.of_partners(x, known)
+    np.testing.assert_array_equal(np.ravel(found), [4, 5, 1, 2, 1, 2, 0, 0])
+
+
+def test_the_encoder_sees_the_partner_beside_a_scan(make_config, monkeypatch):
+    names, seen, encode = ("t1", "t1ce", "t2", "flair"), [], Encoder.__call__
+    monkeypatch.setattr(Encoder, "__call__", lambda *a: seen.append(a[1]) or encode(*a))
+    for pair_input in (False, True):
+        config = make_config(**{"model.pair_input": pair_input})
+        network = Network(config, modalities=names, regions={"WT": (1,)})
+        x = jax.random.normal(jax.random.key(0), (1, 4, *(config.patch,) * 3))
+        network.apply(network.init(0), x)
+    alone, both = seen
+    own, partner = jnp.split(both, 2, axis=-1)
+    np.testing.assert_array_equal(own, alone)
+    t1, t1ce, t2, flair = jnp.split(own, 4)
+    np.testing.assert_array_equal(partner, jnp.concatenate([t1ce, t1, flair, t2]))
 
 
 def test_starts_as_nothing():
