@@ -12,7 +12,9 @@ from masm_jax.files import as_path, read_json, replacing
 _RESTORE = "restore it from a copy of the run"
 # Keys that older runs lack, with the value that does as they did.
 # (But infer.dtype: on a CPU they computed in bfloat16, less exactly and in six times the time.)
-LATER = {"model.detail": 0, "model.encoder_width": 1.0, "infer.dtype": "auto"}
+LATER = {
+    "model.detail": 0, "model.encoder_width": 1.0, "model.pair_input": False, "infer.dtype": "auto",
+}  # fmt: skip
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result, or in its rounding alone.

@@ -322,11 +322,13 @@ def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, ke
 
 def test_a_run_from_before_a_key_goes_on(tmp_path):
     values = run_config.to_dict(masm_brats.get_config())
-    del values["model"]["detail"], values["model"]["encoder_width"], values["infer"]["dtype"]
+    for key in ("detail", "encoder_width", "pair_input"):
+        del values["model"][key]
+    del values["infer"]["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = run_config.load(tmp_path)
     assert loaded.model.detail == 0 and loaded.model.encoder_width == 1
-    assert loaded.infer.dtype == "auto"
+    assert loaded.infer.dtype == "auto" and not loaded.model.pair_input
     assert not run_config.differences(values, run_config.to_dict(loaded))
     loaded.model.detail = 8
     changed = run_config.differences(values, run_config.to_dict(loaded))
