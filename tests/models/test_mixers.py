@@ -7,17 +7,14 @@ import pytest
 from flax import nnx
 from scipy import ndimage
 
-from masm_jax.models import masm
 from masm_jax.models.aware import AwareMixer, exchanged
 from masm_jax.models.decoder import Decoder
 from masm_jax.models.detail import Detail
-from masm_jax.models.encoder import Encoder
 from masm_jax.models.init import Initialiser
 from masm_jax.models.layers import Fuse, depth_to_space, planes, volumes
 from masm_jax.models.masm import MASM, together
 from masm_jax.models.shift import ShiftMixer
 from masm_jax.models.tokens import Tokens
-from masm_jax.state import Network
 
 GRID = (2, 3, 2)
 SHAPE = (2, 4, 8, 12, 8, 6)  # patches of 4
@@ -56,30 +53,6 @@ def aware(pairs=((0, 1), (2, 3)), keep_bias=3.0):
         6, 4, GRID, pairs=pairs, modalities=4, width=16, heads=2, depth=1, keep_bias=keep_bias,
         init=Initialiser(0),
     )  # fmt: skip
-
-
-def test_the_partners_of_a_scan_by_hand():
-    """Four scans of which the first is paired with the second and third, the last with none."""
-    known = masm.partners([(0, 1), (2, 0)], 4)
-    assert known == ((1, 2), (0,), (0,), ())
-    x = jnp.arange(1.0, 9.0).reshape(4 * 2, 1, 1, 1)  # two planes each: 1 2, 3 4, 5 6, 7 8
-    found = masm.of_partners(x, known)
-    np.testing.assert_array_equal(np.ravel(found), [4, 5, 1, 2, 1, 2, 0, 0])
-
-
-def test_the_encoder_sees_the_partner_beside_a_scan(make_config, monkeypatch):
-    names, seen, encode = ("t1", "t1ce", "t2", "flair"), [], Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda *a: seen.append(a[1]) or encode(*a))
-    for pair_input in (False, True):
-        config = make_config(**{"model.pair_input": pair_input})
-        network = Network(config, modalities=names, regions={"WT": (1,)})
-        x = jax.random.normal(jax.random.key(0), (1, 4, *(config.patch,) * 3))
-        network.apply(network.init(0), x)
-    alone, both = seen
-    own, partner = jnp.split(both, 2, axis=-1)
-    np.testing.assert_array_equal(own, alone)
-    t1, t1ce, t2, flair = jnp.split(own, 4)
-    np.testing.assert_array_equal(partner, jnp.concatenate([t1ce, t1, flair, t2]))
 
 
 def test_starts_as_nothing():
@@ -229,21 +202,6 @@ def test_tokens_keep_places(patch):
 def test_another_grid_is_refused():
     with pytest.raises(ValueError, match="token grid"):
         mix(aware(), jnp.zeros((1, 4, 16, 16, 16, 6)))
-
-
-def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config):
-    def shapes(mixers, width):
-        model = make_config(**{"model.mixers": mixers, "model.encoder_width": width}).model
-        sizes = dict(patch=(16,) * 3, modalities=("t1", "t1ce", "t2", "flair"), num_regions=3)
-        network = MASM(model, init=Initialiser(None), **sizes)
-        encoder = [level[1].kernel.shape[-2:] for level in network.encoder.levels]
-        return encoder, jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(network.decoder)))
-
-    masm = ("aware",) * 5 + ("shift",)
-    encoder, decoder = shapes(masm, 0.5)
-    assert encoder == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
-    assert decoder == shapes(masm, 1.0)[1]
-    assert shapes((), 0.5) == shapes((), 1.0)
 
 
 def test_detail_starts_as_nothing(make_config):
