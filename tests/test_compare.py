@@ -113,6 +113,18 @@ def test_errors_are_one_line(tmp_path, capsys, first, metrics, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_table_that_is_cut_short_is_one_line(tmp_path, capsys):
+    evaluation(tmp_path / "a", [0.5, 0.6])
+    evaluation(tmp_path / "b", [0.5, 0.6])
+    with open(tmp_path / "b" / "metrics.csv", "a") as file:
+        file.write("c2")
+    words = [str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path / 'out'}"]
+    assert compare.main(words) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'b' / 'metrics.csv'}: row 3 has no case or no region" in error
+    assert error.count("\n") == 1
+
+
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     for name in ("a", "b"):
         evaluation(tmp_path / name, [0.5, 0.6])

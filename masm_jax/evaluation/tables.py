@@ -65,19 +65,26 @@ def read_csv(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.csv or lesions.csv: numbers as float, empty cells left out.
 
     Raises:
-        ValueError: no columns case and region, or something else than a number.
+        ValueError: no columns case and region, a row without, or something else than a number.
     """
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if not {"case", "region"} <= set(reader.fieldnames or ("case", "region")):
             raise ValueError(f"{path}: no columns case and region; expected a table of eval.py")
         try:
-            return [
+            rows = [
                 {k: _plain(cell) if k in WORDS else float(cell) for k, cell in row.items() if cell}
                 for row in reader
             ]
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}; expected a table as eval.py wrote it") from error
+    for number, row in enumerate(rows, 1):
+        if not row.keys() >= {"case", "region"}:
+            raise ValueError(
+                f"{path}: row {number} has no case or no region, as if the file were cut short; "
+                f"expected a table as eval.py wrote it: run eval.py again"
+            )
+    return rows
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
