@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from masm_jax import compare
+from masm_jax.benchmark import accuracy_report
 from masm_jax.data.conventions import MODALITIES, REGIONS
 from masm_jax.evaluation import mosaics, pictures
 from masm_jax.models.mosaic import offsets
@@ -21,10 +22,10 @@ def test_only_seeds_and_cases_of_both_are_paired():
 
     first = {0: table(a=0.1, b=0.2), 1: table(a=0.5, b=0.5)}
     other = {1: table(a=0.6, b=0.4, c=0.9), 2: table(a=1.0, b=1.0)}
-    (row,) = report.difference(first, other).values()
+    (row,) = accuracy_report.difference(first, other).values()
     assert row["difference"] == pytest.approx(0) and (row["seeds"], row["cases"]) == (1, 2)
     assert (row["low"], row["high"]) == pytest.approx((-0.1, 0.1))
-    assert report.difference(first, {2: other[2]}) is None
+    assert accuracy_report.difference(first, {2: other[2]}) is None
 
 
 def test_the_interval_is_that_of_all_draws():

@@ -23,8 +23,8 @@ CLOCK = (
     "checkpoints and evaluation are not in them; PyTorch runs without torch.compile"
 )
 INTERVAL = (
-    "differences are paired by case and averaged over seeds; intervals are 95 % of a bootstrap "
-    "over cases, so the spread between seeds is not in them"
+    "Differences are paired by case and seed; intervals are 95 % of a bootstrap that draws cases "
+    "and seeds anew: of one seed, cases alone"
 )
 MEAN = "mean"  # over the regions, beside their names
 
@@ -49,7 +49,11 @@ def write(study, runs, *, about):
     if not found:
         return [f"{budget.words()}: nothing is done yet"]
     first = runs[0].network
-    differences = _differences(first, found)
+    differences = {}
+    for name, values in found.items():
+        if first in found and name != first:
+            if rows := difference(values["tables"], found[first]["tables"]):
+                differences[name] = rows
     summary = {
         "budget": budget.words(),
         "clock": CLOCK,
@@ -110,40 +114,37 @@ def _network(study, runs):
     }
 
 
-def _differences(first, found):
-    """{network: rows of compare.compare}: the first network minus each other."""
-    differences = {}
-    for name, values in found.items():
-        seeds = found.get(first, {"tables": {}})["tables"].keys() & values["tables"].keys()
-        if name == first or not seeds:
-            continue
-        ours, theirs = (
-            over_seeds([found[one]["tables"][seed] for seed in sorted(seeds)])
-            for one in (first, name)
+def difference(first, other):
+    """{region or "mean": ``compare.crossed``} of Dice, ``other`` minus ``first``.
+
+    Args:
+        first, other: {seed: {(case, region): {"dice": float}}}.
+
+    Returns:
+        Of the seeds and cases that both have; None where there are none.
+    """
+    seeds = [seed for seed in first if seed in other]
+    pairs = [(_with_mean(first[seed]), _with_mean(other[seed])) for seed in seeds]
+    if not pairs:
+        return None
+    keys = [key for key in pairs[0][0] if all(key in one for pair in pairs for one in pair)]
+    found = {}
+    for region in dict.fromkeys(region for _, region in keys):
+        own = [key for key in keys if key[1] == region]
+        found[region] = compare.crossed(
+            [[theirs[key] - ours[key] for key in own] for ours, theirs in pairs]
         )
-        differences[name] = {
-            "seeds": sorted(seeds),
-            "regions": {row["region"]: row for row in compare.compare(theirs, ours, ["dice"])},
-        }
-    return differences
+    return found or None
 
 
-def over_seeds(evaluations):
-    """Dice of each case and region, and of their mean, averaged over seeds."""
-    averaged = {}
-    if any(one.keys() != evaluations[0].keys() for one in evaluations):
-        raise ValueError(
-            "seeds of one network were scored on different cases, and cannot be averaged case by "
-            "case: records have changed between them; start anew with another --output"
-        )
-    for key in evaluations[0]:
-        averaged[key] = statistics.mean(one[key]["dice"] for one in evaluations)
-    for case in dict.fromkeys(case for case, _ in averaged):
-        own = [dice for (of, _), dice in averaged.items() if of == case]
-        averaged[case, MEAN] = statistics.mean(own)
-        if len(own) < 2:  # one region is its own mean
-            del averaged[case, MEAN]
-    return {key: {"dice": dice} for key, dice in averaged.items()}
+def _with_mean(evaluation):
+    """Dice of each case and region, and of a case's mean over the regions where it has several."""
+    dice = {key: values["dice"] for key, values in evaluation.items()}
+    for case in dict.fromkeys(case for case, _ in evaluation):
+        own = [value for (of, _), value in dice.items() if of == case]
+        if len(own) > 1:  # one region is its own mean
+            dice[case, MEAN] = statistics.mean(own)
+    return dice
 
 
 def means(evaluation):
@@ -205,7 +206,7 @@ def table(summary):
             *(f"{values['dice'][region]:.3f}" for region in regions),
             f"{values['dice'][MEAN]:.3f}",
             ", ".join(f"{dice:.3f}" for dice in seeds),
-            _difference(summary["differences"].get(name)),
+            difference_words(summary["differences"].get(name)),
         ])  # fmt: skip
     lines = markdown(heads, rows)
     leaked = next(iter(networks.values()))["trained_on"]
@@ -219,7 +220,7 @@ def table(summary):
         *lines,
         "",
         f"Budget {summary['budget']}, {cases} cases. GMAC: forward, batch 1. {CLOCK[0].upper()}"
-        f"{CLOCK[1:]}. {INTERVAL[0].upper()}{INTERVAL[1:]}. {facts['date']}, {facts['cores']} "
+        f"{CLOCK[1:]}. {INTERVAL}. {facts['date']}, {facts['cores']} "
         f"cores of {facts['processor']}, {versions}.",
     ]
 
@@ -232,11 +233,11 @@ def figure(summary):
             "name": name,
             "seeds": [seed["dice"][MEAN] for seed in values["seeds"].values()],
             "mean": values["dice"][MEAN],
-            "difference": _mean_row(differences[name]) if name in differences else None,
+            "difference": mean_row(differences.get(name)),
         }
         for name, values in summary["networks"].items()
     ]
-    against = f"{summary['first']} minus it, 95 % over cases"
+    against = f"{summary['first']} minus it, 95 % over cases and seeds"
     return compare.forest(entries, title=f"{summary['budget']} each", against=against)
 
 
@@ -251,19 +252,20 @@ def machine():
     return workers.machine() | {"versions": versions}
 
 
-def _difference(difference):
-    return "-" if difference is None else interval_words(_mean_row(difference))
+def mean_row(rows):
+    """Of what ``difference`` gives the row of the mean (one region is its own); None for None."""
+    return rows and (rows.get(MEAN) or next(iter(rows.values())))
+
+
+def difference_words(rows):
+    """That row as text, with its interval; "-" for None."""
+    return "-" if rows is None else interval_words(mean_row(rows))
 
 
 def interval_words(row):
     """A difference with its interval, as text."""
     interval = "" if row["low"] is None else f" [{row['low']:+.3f}, {row['high']:+.3f}]"
     return f"{row['difference']:+.3f}{interval}"
-
-
-def _mean_row(difference):
-    regions = difference["regions"]
-    return regions.get(MEAN) or next(iter(regions.values()))
 
 
 def number(value, decimals):

@@ -66,10 +66,6 @@ class MASM(nnx.Module):
             self.encoder = SwinEncoder(channels, size, init=init)
         else:
             self.encoder = Encoder(channels, widths, size.strides, init=init, groups=groups)
-        names = list(modalities)
-        pairs = []
-        if "aware" in self.mixer_names:  # the others do without, and on any modalities
-            pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
         mixers, fuse = {}, []
         stride = size.stem
         for level, name in enumerate(self.mixer_names):

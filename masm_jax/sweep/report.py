@@ -6,22 +6,20 @@ import statistics
 from masm_jax import compare
 from masm_jax.benchmark import tables as markdown
 from masm_jax.benchmark.accuracy_report import (
+    INTERVAL,
     MEAN,
-    interval_words,
+    difference,
+    difference_words,
     machine,
+    mean_row,
     means,
     number,
-    over_seeds,
 )
 from masm_jax.benchmark.study import training_rate
 from masm_jax.evaluation import pictures, tables
 from masm_jax.files import replacing
 from masm_jax.sweep.definition import Run, read_json
 
-INTERVAL = (
-    "Differences are paired by case and seed; intervals are 95 % of a bootstrap that draws cases "
-    "and seeds anew"
-)
 COST = (
     "GMAC: forward, one crop; avoidable: what of it the Modality-Aware levels would save if each "
     "worked on the share of tokens that it keeps. Kept: by level, without noise, at the last "
@@ -102,29 +100,6 @@ def _row(sweep, name):
     }
 
 
-def difference(first, other):
-    """{region or "mean": ``compare.crossed``} of Dice, ``other`` minus ``first``.
-
-    Args:
-        first, other: {seed: {(case, region): {"dice": float}}}.
-
-    Returns:
-        Of the seeds and cases that both have; None where there are none.
-    """
-    seeds = [seed for seed in first if seed in other]
-    pairs = [(over_seeds([first[seed]]), over_seeds([other[seed]])) for seed in seeds]
-    if not pairs:
-        return None
-    keys = [key for key in pairs[0][0] if all(key in one for pair in pairs for one in pair)]
-    found = {}
-    for region in dict.fromkeys(region for _, region in keys):
-        own = [key for key in keys if key[1] == region]
-        found[region] = compare.crossed(
-            [[theirs[key]["dice"] - ours[key]["dice"] for key in own] for ours, theirs in pairs]
-        )
-    return found or None
-
-
 def table(summary):
     """Lines of Markdown."""
     rows, first = summary["rows"], summary["first"]
@@ -143,7 +118,7 @@ def table(summary):
             *(f"{values['dice'][region]:.3f}" for region in regions),
             f"{values['dice'][MEAN]:.3f}",
             ", ".join(f"{dice:.3f}" for dice in values["by_seed"]),
-            _difference(values["difference"]),
+            difference_words(values["difference"]),
             values["steps"],
             number(values["seconds_per_step"], 2),
             _levels(values["kept"]),
@@ -198,7 +173,7 @@ def _figures(sweep, summary):
             "name": name,
             "seeds": values["by_seed"],
             "mean": values["dice"][MEAN],
-            "difference": _mean_row(values["difference"]),
+            "difference": mean_row(values["difference"]),
         }
         for name, values in rows.items()
     ]
@@ -247,14 +222,6 @@ def _by_level(seeds):
 
 def _levels(shares):
     return " ".join(f"{share:.2f}" for share in shares.values()) or "-"
-
-
-def _difference(rows):
-    return "-" if rows is None else interval_words(_mean_row(rows))
-
-
-def _mean_row(rows):
-    return rows and (rows.get(MEAN) or next(iter(rows.values())))
 
 
 def _shown(path):
