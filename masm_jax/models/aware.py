@@ -76,7 +76,7 @@ class AwareMixer(nnx.Module):
         self.pairs, self.pruning = tuple(tuple(pair) for pair in pairs), pruning
         self.tokens = Tokens(channels, width, patch, grid, modalities, init=init)
         if pruning != "none":
-            self.predictor = Predictor(width, init=init, bias=keep_bias)
+            self.predictor = Predictor(width, init=init.apart(), bias=keep_bias)
         self.attention = nnx.List([SelfAttention(width, heads, init=init) for _ in range(depth)])
         self.mlp = nnx.List([MLP(width, init=init) for _ in range(depth)])
 

@@ -17,6 +17,17 @@ class Initialiser:
     def __init__(self, seed):
         self._random = None if seed is None else np.random.default_rng(seed)
 
+    def apart(self):
+        """For a part that a network may have or not: draws of its own, the others stay as they are.
+
+        So networks that differ in such a part start equal everywhere else, and can be compared
+        seed by seed.
+        """
+        other = Initialiser(None)
+        if self._random is not None:
+            (other._random,) = self._random.spawn(1)
+        return other
+
     def normal(self, shape, std):
         """Float32 normal of mean 0."""
         if self._random is None:

@@ -75,7 +75,7 @@ class MASM(nnx.Module):
             token = max(1, size.token_size // stride)
             grid = tuple(edge // (stride * token) for edge in patch)
             heads = max(1, width // size.head_width)
-            shared = dict(modalities=folded, width=width, heads=heads, init=init)
+            shared = dict(modalities=folded, width=width, heads=heads, init=init.apart())
             if name == "aware":
                 mixers[_key(level)] = AwareMixer(
                     widths[level],
@@ -105,7 +105,7 @@ class MASM(nnx.Module):
         detail = None
         if model.detail and size.stem > 1:
             shape = size.widths[0], model.detail, size.stem, len(modalities), num_regions
-            detail = Detail(*shape, init=init)
+            detail = Detail(*shape, init=init.apart())
         self.decoder = Decoder(
             size.widths,
             size.strides,

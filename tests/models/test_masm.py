@@ -36,6 +36,30 @@ def test_the_encoder_sees_the_partner_beside_a_scan(make_config, monkeypatch):
     np.testing.assert_array_equal(partner, jnp.concatenate([t1ce, t1, flair, t2]))
 
 
+def test_networks_start_equal_where_they_are_alike(make_config):
+    """So that variants can be compared seed by seed."""
+
+    def start(**changes):
+        config = make_config(**{"model.detail": 4} | changes)
+        network = Network(config, modalities=("t1", "t1ce", "t2", "flair"), regions={"WT": (1,)})
+        return jax.tree_util.tree_flatten_with_path(network.init(3))[0]
+
+    whole = dict(start())
+    assert len(whole) == len(start())
+    variants = {
+        "pruning": start(**{"model.pruning": "none"}),
+        "mixers": start(**{"model.mixers": ("concat",) * 6}),
+        "detail": start(**{"model.detail": 0}),
+    }
+    for name, part in variants.items():
+        assert 0 < len(part) < len(whole)
+        for path, value in part:
+            np.testing.assert_array_equal(value, whole[path], err_msg=f"{name} {path}")
+    # Parts do not start equal to each other.
+    kernels = [v for path, v in whole.items() if "predictor" in str(path) and "inner" in str(path)]
+    assert len({array[..., :1, :1].tobytes() for array in kernels if array.ndim > 1}) > 1
+
+
 def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config):
     def shapes(mixers, width):
         model = make_config(**{"model.mixers": mixers, "model.encoder_width": width}).model
