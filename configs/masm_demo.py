@@ -15,9 +15,6 @@ def get_config():
     config.patch = 48
     config.augment = "swin"  # the phantoms come with shading of their own
     config.model.detail = 0  # quicker
-    config.model.pruning = "replace"  # on phantoms it costs nothing (docs/results.md)
-    config.loss.keep_target = 0.9  # few steps: who has learnt little should prune little
-    config.gumbel.quiet = 1e6  # noise to the end: without it next to nothing is pruned
     config.infer.minimum_ml = 8.0  # the training phantoms have no enhancing tumour, or over 10 ml
     config.data.records = "demo/records"
     config.data.spacing = 0.0  # of the scans
