@@ -49,6 +49,7 @@ from masm_jax.parallel import in_order
 if __name__ != "__main__":
     os.kill(os.getpid(), signal.SIGINT)  # a worker, while it imports: Ctrl-C reaches all processes
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
     print(list(in_order(pow, [(2, 3), (3, 2)], workers=2)))
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     os.kill(os.getpid(), signal.SIGINT)

@@ -39,10 +39,12 @@ def test_the_encoder_sees_the_partner_beside_a_scan(make_config, monkeypatch):
 def test_networks_start_equal_where_they_are_alike(make_config):
     """So that variants can be compared seed by seed."""
 
-    def start(**changes):
+    def network(**changes):
         config = make_config(**{"model.detail": 4} | changes)
-        network = Network(config, modalities=("t1", "t1ce", "t2", "flair"), regions={"WT": (1,)})
-        return jax.tree_util.tree_flatten_with_path(network.init(3))[0]
+        return Network(config, modalities=("t1", "t1ce", "t2", "flair"), regions={"WT": (1,)})
+
+    def start(**changes):
+        return jax.tree_util.tree_flatten_with_path(network(**changes).init(3))[0]
 
     whole = dict(start())
     assert len(whole) == len(start())
@@ -55,6 +57,12 @@ def test_networks_start_equal_where_they_are_alike(make_config):
         assert 0 < len(part) < len(whole)
         for path, value in part:
             np.testing.assert_array_equal(value, whole[path], err_msg=f"{name} {path}")
+    # Mixers and detail start as the identity: without noise it is one function.
+    x = jax.random.normal(jax.random.key(0), (1, 4, 16, 16, 16))
+    ways = [{}, {"model.mixers": ("concat",) * 6}, {"model.detail": 0}]
+    first, *others = (network(**way).apply(network(**way).init(3), x)[0][0] for way in ways)
+    for other in others:
+        np.testing.assert_allclose(other, first, atol=1e-5)
     # Parts do not start equal to each other.
     kernels = [v for path, v in whole.items() if "predictor" in str(path) and "inner" in str(path)]
     assert len({array[..., :1, :1].tobytes() for array in kernels if array.ndim > 1}) > 1
