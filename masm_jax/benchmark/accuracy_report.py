@@ -19,7 +19,7 @@ from masm_jax.state import Network, abstract_state, num_parameters
 from masm_jax.steps import segment_step
 
 CLOCK = (
-    "minutes are of training steps alone, at the median rate of the run: compilation, validation, "
+    "Minutes are of training steps alone, at the median rate of the run: compilation, validation, "
     "checkpoints and evaluation are not in them; PyTorch runs without torch.compile"
 )
 INTERVAL = (
@@ -49,11 +49,12 @@ def write(study, runs, *, about):
     if not found:
         return [f"{budget.words()}: nothing is done yet"]
     first = runs[0].network
-    differences = {}
-    for name, values in found.items():
-        if first in found and name != first:
-            if rows := difference(values["tables"], found[first]["tables"]):
-                differences[name] = rows
+    ours = found.get(first, {"tables": {}})["tables"]
+    differences = {
+        name: rows
+        for name, values in found.items()
+        if name != first and (rows := difference(values["tables"], ours))
+    }
     summary = {
         "budget": budget.words(),
         "clock": CLOCK,
@@ -99,6 +100,12 @@ def _network(study, runs):
         }
     if not seeds:
         return None
+    scored = [one.keys() for one in evaluated.values()]
+    if any(keys != scored[0] for keys in scored):
+        raise ValueError(
+            f"{runs[0].network}: its seeds were scored on different cases, and cannot be averaged: "
+            f"records have changed between them; start anew with another --output"
+        )
     columns = {key: [values[key] for values in seeds.values()] for key in ("steps", "minutes")}
     columns["steps_per_s"] = [values["steps_per_s"] for values in seeds.values()]
     dice = [values["dice"] for values in seeds.values()]
@@ -219,9 +226,8 @@ def table(summary):
     return [
         *lines,
         "",
-        f"Budget {summary['budget']}, {cases} cases. GMAC: forward, batch 1. {CLOCK[0].upper()}"
-        f"{CLOCK[1:]}. {INTERVAL}. {facts['date']}, {facts['cores']} "
-        f"cores of {facts['processor']}, {versions}.",
+        f"Budget {summary['budget']}, {cases} cases. GMAC: forward, batch 1. {CLOCK}. {INTERVAL}. "
+        f"{facts['date']}, {facts['cores']} cores of {facts['processor']}, {versions}.",
     ]
 
 

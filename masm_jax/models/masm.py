@@ -75,7 +75,9 @@ class MASM(nnx.Module):
             token = max(1, size.token_size // stride)
             grid = tuple(edge // (stride * token) for edge in patch)
             heads = max(1, width // size.head_width)
-            shared = dict(modalities=folded, width=width, heads=heads, init=init.apart())
+            # Apart at every level, mixed or not: the others start as they would without this one.
+            own = init.apart()
+            shared = dict(modalities=folded, width=width, heads=heads, init=own)
             if name == "aware":
                 mixers[_key(level)] = AwareMixer(
                     widths[level],

@@ -101,6 +101,11 @@ def test_differences_are_paired_by_case_and_seed(tmp_path):
     said = "left empty: a 0 of 2, b 0 of 2. Dice of those with it: a 0.500, b 0.350."
     assert said in (tmp_path / "steps-4" / "table.md").read_text()
 
+    table = whole.folder(runs[5]) / "eval" / "metrics.csv"
+    table.write_text(table.read_text().replace("y,", "z,"))
+    with pytest.raises(ValueError, match="a: its seeds were scored on different cases"):
+        accuracy_report.write(whole, runs, about={})
+
 
 def arguments(records, **changes):
     """Of the command, as far as they say what is trained on what."""
