@@ -272,6 +272,11 @@ def test_policy_attention_against_differences(first):
     against_differences(lambda *a: masking.policy_attention(*a, first), q, k, v, keep)
 
 
+def test_soft_average_against_differences():
+    scores, v = jax.random.normal(jax.random.key(0), (2, 5, 4)), jnp.ones((2, 4, 3)).at[0, 1].set(2)
+    against_differences(masking.soft_average, scores, v)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_instance_norm_against_differences(platform, groups):

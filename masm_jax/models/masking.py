@@ -73,11 +73,38 @@ def _scores_backward(saved, gradient):
     q, k = saved
     gradient = gradient.astype(q.dtype)
     d_q = _product("...qk,...kc->...qc", gradient, k)
-    d_k = _product("...qk,...qc->...kc", gradient, q)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype)
+    return d_q.astype(q.dtype), _turned(q, gradient).astype(k.dtype)
 
 
 attention_scores.defvjp(lambda q, k: (attention_scores(q, k), (q, k)), _scores_backward)
+
+
+@jax.custom_vjp
+def soft_average(scores, v):
+    """softmax(scores) v, (..., Q, K) and (..., K, C) -> (..., Q, C) in the dtype of ``v``.
+
+    As lean as ``policy_attention``: the weights are divided by their sum after the product, where
+    there are C numbers of a query and not K, and of (Q, K) arrays one is kept for the way back.
+    """
+    return _average_forward(scores, v)[0]
+
+
+def _average_forward(scores, v):
+    scores = scores.astype(jnp.float32)
+    weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
+    sums = _product("...qk,...kc->...qc", weights, _counted(v))
+    return (sums[..., :-1] / sums[..., -1:]).astype(v.dtype), (v, weights, sums)
+
+
+def _average_backward(saved, gradient):
+    v, weights, sums = saved
+    gradient = gradient.astype(jnp.float32) / sums[..., -1:]
+    inner, lean = _dot(gradient, sums[..., :-1]) / sums[..., -1:], gradient.astype(v.dtype)
+    d = weights * (_product("...qc,...kc->...qk", lean, v) - inner)
+    return d, _turned(lean, weights).astype(v.dtype)
+
+
+soft_average.defvjp(_average_forward, _average_backward)
 
 
 def policy_softmax(scores, keep, eps=_EPS, own=None):
@@ -182,12 +209,12 @@ def _dot(x, y):
 
 def _counted(x):
     """With a column of ones: a product with it has the sum of the weights too."""
-    return jnp.concatenate([x, jnp.ones((*x.shape[:3], 1), x.dtype)], axis=-1)
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 
 
 def _turned(x, weights):
     """weights^T x as (x^T weights)^T, and not the other way round: x is the small one."""
-    product = _product("bhcq,bhqk->bhck", x.swapaxes(-1, -2), weights)
+    product = _product("...cq,...qk->...ck", x.swapaxes(-1, -2), weights)
     return lax.optimization_barrier(product).swapaxes(-1, -2)
 
 

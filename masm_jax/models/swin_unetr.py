@@ -14,7 +14,7 @@ from flax import nnx
 
 from masm_jax.models.attention import MLP
 from masm_jax.models.layers import Dense, LayerNorm, planes, space_to_depth, volumes
-from masm_jax.models.masking import attention_scores
+from masm_jax.models.masking import attention_scores, soft_average
 from masm_jax.models.residual import ResidualBlock
 
 WINDOW = 7  # tokens an edge
@@ -63,7 +63,7 @@ class WindowAttention(nnx.Module):
         scores = scores + self.table[...][_relative(tokens)].transpose(2, 0, 1)
         if mask is not None:
             scores = scores + mask[:, None]
-        y = jax.nn.softmax(scores).astype(x.dtype) @ v
+        y = soft_average(scores, v)
         return self.out(y.swapaxes(2, 3).reshape(x.shape))
 
 

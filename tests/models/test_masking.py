@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from masm_jax.models.masking import policy_attention, policy_softmax, sample_keep
+from masm_jax.models.masking import (
+    attention_scores,
+    policy_attention,
+    policy_softmax,
+    sample_keep,
+    soft_average,
+)
 
 
 def logits(seed=0, shape=(2, 500)):
@@ -115,6 +121,23 @@ def test_policy_softmax_in_bfloat16_and_with_huge_scores_is_finite():
     assert weights.dtype == jnp.float32 and bool(jnp.isfinite(weights).all())
 
 
+def same_in_float64(ours, defined, arguments, weight, error):
+    """Values, values while training, and gradients of both; ``defined`` has them from autodiff."""
+
+    def value_and_gradients(fn, *arguments):
+        y, back = jax.vjp(fn, *arguments)  # y as it is while training
+        return [fn(*arguments), y, *back(weight.astype(y.dtype))]
+
+    found = value_and_gradients(ours, *arguments)
+    with jax.enable_x64(True):
+        double = [jnp.asarray(array, jnp.float64) for array in arguments]
+        expected = value_and_gradients(defined, *double)
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape and other.dtype == jnp.float64
+        one, other = np.asarray(one, np.float64), np.asarray(other)
+        np.testing.assert_allclose(one, other, rtol=error, atol=error * np.abs(other).max())
+
+
 @pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
 @pytest.mark.parametrize("queries", [slice(None), slice(2, 6)])
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
@@ -138,15 +161,28 @@ def test_policy_attention_has_the_gradients_of_its_definition(share, queries, dt
         assert y.dtype == dtype
         return y
 
-    def value_and_gradients(fn, *arguments):
-        y, back = jax.vjp(fn, *arguments)  # y as it is while training
-        return [fn(*arguments), y, *back(weight.astype(y.dtype))]
+    same_in_float64(ours, defined, (q, k, v, keep), weight, error)
 
-    found = value_and_gradients(ours, q, k, v, keep)
-    with jax.enable_x64(True):
-        double = [jnp.asarray(array, jnp.float64) for array in (q, k, v, keep)]
-        expected = value_and_gradients(defined, *double)
-    for one, other in zip(found, expected, strict=True):
-        assert one.shape == other.shape and other.dtype == jnp.float64
-        one, other = np.asarray(one, np.float64), np.asarray(other)
-        np.testing.assert_allclose(one, other, rtol=error, atol=error * np.abs(other).max())
+
+@pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
+def test_attention_without_a_policy_has_the_gradients_of_its_definition(dtype, error):
+    """In windows, with a bias that all of them share, as in Swin UNETR; scores far below others."""
+    shape = (2, 3, 2, 7, 4)  # examples, windows, heads, tokens, channels
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
+    bias = jax.random.normal(jax.random.key(5), (2, 7, 7)).at[0, 2, 3].set(-100.0)
+
+    def defined(q, k, v, bias):
+        return jax.nn.softmax(q @ k.swapaxes(-1, -2) + bias) @ v
+
+    def ours(q, k, v, bias):
+        q, k, v = (array.astype(dtype) for array in (q, k, v))
+        y = soft_average(attention_scores(q, k) + bias, v)
+        assert y.dtype == dtype
+        return y
+
+    same_in_float64(ours, defined, (q, k, v, bias), weight, error)
+
+
+def test_soft_average_of_huge_scores_is_finite():
+    y = soft_average(jnp.full((1, 4, 4), 3e38), jnp.arange(8.0).reshape(1, 4, 2))
+    np.testing.assert_allclose(y, jnp.broadcast_to(jnp.array([3.0, 4.0]), (1, 4, 2)), atol=1e-6)
