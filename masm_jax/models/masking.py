@@ -83,10 +83,10 @@ attention_scores.defvjp(lambda q, k: (attention_scores(q, k), (q, k)), _scores_b
 def soft_average(scores, v):
     """softmax(scores) v, (..., Q, K) and (..., K, C) -> (..., Q, C) in the dtype of ``v``.
 
-    As lean as ``policy_attention``: the weights are divided by their sum after the product, where
-    there are C numbers of a query and not K, and of (Q, K) arrays one is kept for the way back.
+    As lean on its way back as ``policy_attention``. Without one it is left to XLA, which on a CPU
+    makes one loop of all of it.
     """
-    return _average_forward(scores, v)[0]
+    return jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype) @ v
 
 
 def _average_forward(scores, v):
@@ -107,41 +107,15 @@ def _average_backward(saved, gradient):
 soft_average.defvjp(_average_forward, _average_backward)
 
 
-def policy_softmax(scores, keep, eps=_EPS, own=None):
-    """Softmax in which pruned tokens are no keys, except each for itself.
-
-    P = keep + (1 - keep) * I; a = exp(s - max s) * P; (a + eps / N) / (sum a + eps): with every
-    token pruned each attends to itself alone, and the gradient reaches ``keep``.
-
-    Args:
-      scores: (B, heads, Q, K) attention logits.
-      keep: (B, K) of 0 and 1 (or relaxed).
-      eps: of DynamicViT.
-      own: (Q,) place of each query among the keys; None: its place among the queries.
-
-    Returns:
-      (B, heads, Q, K) float32 weights; every row sums to 1.
-    """
-    queries, keys = scores.shape[-2:]
-    keep = keep.astype(jnp.float32)[:, None, None, :]
-    policy = keep + (1 - keep) * _itself(queries, keys, own)
-    scores = scores.astype(jnp.float32)
-    peak = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.exp(scores - peak) * policy
-    return (weights + eps / keys) / (weights.sum(-1, keepdims=True) + eps)
-
-
-def _itself(queries, keys, own):
-    """(Q, K) float32: 1 where the key is the query's own token."""
-    own = jnp.arange(queries) if own is None else own
-    return (own[:, None] == jnp.arange(keys)).astype(jnp.float32)
-
-
 @jax.custom_vjp
 def policy_attention(q, k, v, keep, first=None):
-    """Self-attention under a policy: ``policy_softmax(q k^T, keep) v``.
+    """Self-attention in which pruned tokens are no keys, except each for itself.
 
-    The same numbers and gradients as written out, with a leaner way back: it keeps one (N, N)
+    DynamicViT's softmax_with_policy: with s = q k^T, P = keep + (1 - keep) I, eps = 1e-6 and N keys
+    a = exp(s - max s) P, and the weights of v are (a + eps / N) / (sum a + eps). With every token
+    pruned each attends to itself alone, and the gradient reaches ``keep``.
+
+    The same numbers and gradients as written out, with a leaner way back: it keeps one (Q, K)
     array, makes another, turns neither, and holds the policy in none (docs/decisions.md).
 
     Args:
@@ -153,13 +127,12 @@ def policy_attention(q, k, v, keep, first=None):
     Returns:
       (B, heads, Q, C) in the dtype of ``v``.
     """
-    own = None if first is None else first + jnp.arange(q.shape[2])
-    return policy_softmax(_product("bhqc,bhkc->bhqk", q, k), keep, own=own).astype(v.dtype) @ v
+    return _policy_forward(q, k, v, keep, first)[0]
 
 
-# While training: a query sees the keys that are kept, and its own. A sum over what it sees is
-# therefore one over all keys with zeros for the pruned ones, and one more term where its own is
-# pruned. The zeros are put into k, v and a column that counts, and no mask into (N, N) arrays.
+# A query sees the keys that are kept, and its own. A sum over what it sees is therefore one over all
+# keys with zeros for the pruned ones, and one more term where its own is pruned. The zeros are put
+# into k, v and a column that counts, and no mask into (Q, K) arrays.
 def _policy_forward(q, k, v, keep, first):
     kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
     scores = _product("bhqc,bhkc->bhqk", q, k)

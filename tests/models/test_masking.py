@@ -8,7 +8,6 @@ import pytest
 from masm_jax.models.masking import (
     attention_scores,
     policy_attention,
-    policy_softmax,
     sample_keep,
     soft_average,
 )
@@ -101,12 +100,18 @@ def written_out(scores, keep, eps):
     return out
 
 
+def weights_of(scores, keep):
+    """What ``policy_attention`` weighs the values with: as many channels as tokens."""
+    one = jnp.broadcast_to(jnp.eye(scores.shape[-1], dtype=scores.dtype), scores.shape)
+    return policy_attention(scores, one, one, keep)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_policy_softmax_against_loops(share):
+def test_policy_attention_against_loops(share):
     rng = np.random.default_rng(1)
     scores = rng.normal(size=(2, 3, 7, 7)).astype(np.float32) * 3
     keep = (rng.random((2, 7)) < share).astype(np.float32)
-    weights = policy_softmax(jnp.asarray(scores), jnp.asarray(keep))
+    weights = weights_of(jnp.asarray(scores), jnp.asarray(keep))
     np.testing.assert_allclose(weights, written_out(scores, keep, 1e-6), atol=2e-6)
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
     if share == 0:  # all pruned: each token sees itself
@@ -115,10 +120,11 @@ def test_policy_softmax_against_loops(share):
         np.testing.assert_allclose(weights, jax.nn.softmax(scores), atol=1e-5)
 
 
-def test_policy_softmax_in_bfloat16_and_with_huge_scores_is_finite():
+def test_policy_attention_in_bfloat16_and_with_huge_scores_is_finite():
     scores = jnp.full((1, 1, 4, 4), 3e38, jnp.bfloat16)
-    weights = policy_softmax(scores, jnp.array([[1, 0, 0, 1]]))
-    assert weights.dtype == jnp.float32 and bool(jnp.isfinite(weights).all())
+    weights = weights_of(scores, jnp.array([[1.0, 0, 0, 1]]))
+    assert weights.dtype == jnp.bfloat16
+    np.testing.assert_allclose(weights.astype(jnp.float32).sum(-1), 1, atol=0.01)
 
 
 def same_in_float64(ours, defined, arguments, weight, error):

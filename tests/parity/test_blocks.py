@@ -9,7 +9,7 @@ from masm_jax.models import layers, resample
 from masm_jax.models.attention import MLP, SelfAttention
 from masm_jax.models.conv import LOWERINGS, conv, traced_for
 from masm_jax.models.init import Initialiser
-from masm_jax.models.masking import policy_softmax
+from masm_jax.models.masking import policy_attention
 
 torch = pytest.importorskip("torch", reason="parity needs torch: requirements-test.txt")
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -217,7 +217,7 @@ def test_mlp():
     np.testing.assert_allclose(block(jnp.asarray(x)), expected.numpy(), **TOLERANCE)
 
 
-def test_policy_softmax_equals_dynamicvits():
+def test_policy_attention_equals_dynamicvits():
     """The same numbers as the published formula in torch (DynamicViT, softmax_with_policy)."""
     scores, keep = normal(0, 2, 3, 6, 6), (normal(1, 2, 6) > 0).astype(np.float32)
     ts, tk = torch.from_numpy(scores), torch.from_numpy(keep)
@@ -225,5 +225,6 @@ def test_policy_softmax_equals_dynamicvits():
     policy = policy + (1 - policy) * torch.eye(6).reshape(1, 1, 6, 6)
     a = (ts - ts.max(-1, keepdim=True)[0]).exp() * policy
     expected = (a + 1e-6 / 6) / (a.sum(-1, keepdim=True) + 1e-6)
-    ours = policy_softmax(jnp.asarray(scores), jnp.asarray(keep))
+    one = jnp.broadcast_to(jnp.eye(6), scores.shape)  # as many channels as tokens: the weights
+    ours = policy_attention(jnp.asarray(scores), one, one, jnp.asarray(keep))
     np.testing.assert_allclose(ours, expected.numpy(), **TOLERANCE)
