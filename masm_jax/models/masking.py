@@ -130,9 +130,9 @@ def policy_attention(q, k, v, keep, first=None):
     return _policy_forward(q, k, v, keep, first)[0]
 
 
-# A query sees the keys that are kept, and its own. A sum over what it sees is therefore one over all
-# keys with zeros for the pruned ones, and one more term where its own is pruned. The zeros are put
-# into k, v and a column that counts, and no mask into (Q, K) arrays.
+# A query sees the keys that are kept, and its own. A sum over what it sees is therefore one over
+# all keys with zeros for the pruned ones, and one more term where its own is pruned. The zeros are
+# put into k, v and a column that counts, and no mask into (Q, K) arrays.
 def _policy_forward(q, k, v, keep, first):
     kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
     scores = _product("bhqc,bhkc->bhqk", q, k)
