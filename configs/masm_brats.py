@@ -54,9 +54,6 @@ def get_config():
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's
     model.pairs = (("t1", "t1ce"), ("t2", "flair"))
-    # With aware mixers: the encoder sees beside a scan the mean of those it is paired with; what
-    # enhances is in the difference of T1ce and T1 (docs/results.md). The others have no pairs
-    model.pair_input = False
     # Of the Modality-Shift mixer: a named one, "random:SEED", "learnt", or a table of integers
     # (models/mosaic.py)
     model.mosaic = "bayer3d"

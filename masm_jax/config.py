@@ -42,10 +42,6 @@ def validate(config):
             not model.modality_affine, "model.modality_affine", model.modality_affine,
             f"False: the norms of model.backbone={model.backbone!r} have no parameters",
         )  # fmt: skip
-        check(
-            not model.pair_input, "model.pair_input", model.pair_input,
-            f"False: model.backbone={model.backbone!r} is fed one modality at a time",
-        )  # fmt: skip
     check(
         0 < model.encoder_width <= 4, "model.encoder_width", model.encoder_width,
         "above 0, at most 4",

@@ -12,9 +12,9 @@ from masm_jax.files import as_path, read_json, replacing
 _RESTORE = "restore it from a copy of the run"
 # Keys that older runs lack, with the value that does as they did.
 # (But infer.dtype: on a CPU they computed in bfloat16, less exactly and in six times the time.)
-LATER = {
-    "model.detail": 0, "model.encoder_width": 1.0, "model.pair_input": False, "infer.dtype": "auto",
-}  # fmt: skip
+LATER = {"model.detail": 0, "model.encoder_width": 1.0, "infer.dtype": "auto"}
+# Keys that runs from 2026-11-30 have and this version has not, with the value that it works by.
+GONE = {"model.pair_input": False}
 TUNED = "infer.json"  # beside config.json: what masm_jax.tune has chosen
 # Keys that may differ between the start of a run and its continuation: they do not touch the
 # result, or in its rounding alone.
@@ -89,7 +89,7 @@ def to_dict(config):
 
 def differences(old, new):
     """Lines "key: old -> new" for every key that differs and matters to the result."""
-    old, new = LATER | _flat(old), LATER | _flat(new)
+    old, new = LATER | GONE | _flat(old), LATER | GONE | _flat(new)
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(FREE_TO_CHANGE):
@@ -145,16 +145,29 @@ def load(workdir, given=(), tuned=True):
 
 
 def _from_json(path):
-    """The config of a run, also of one that was begun before a key of LATER was there."""
+    """The config of a run, also of one from before a key of LATER or from when one of GONE was."""
     content = read_json(path, _RESTORE)
+    for key, value in GONE.items():
+        section, name = key.split(".")
+        found = _section(content, section).pop(name, value)
+        if found != value:
+            raise ValueError(
+                f"{path}: {key} = {found!r}: expected {value!r}, the only one that this version "
+                f"knows; use the version that trained the run"
+            )
     for key, value in LATER.items():
         section, name = key.split(".")
-        if isinstance(content.get(section), dict):
-            content[section].setdefault(name, value)
+        _section(content, section).setdefault(name, value)
     try:
         return ml_collections.ConfigDict(content)
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_RESTORE}") from error
+
+
+def _section(content, name):
+    """A part of a config; where the file has none, which is found out later, an empty one."""
+    found = content.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _flat(tree, prefix=""):

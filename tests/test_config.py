@@ -322,17 +322,31 @@ def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, ke
 
 def test_a_run_from_before_a_key_goes_on(tmp_path):
     values = run_config.to_dict(masm_brats.get_config())
-    for key in ("detail", "encoder_width", "pair_input"):
+    for key in ("detail", "encoder_width"):
         del values["model"][key]
     del values["infer"]["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = run_config.load(tmp_path)
     assert loaded.model.detail == 0 and loaded.model.encoder_width == 1
-    assert loaded.infer.dtype == "auto" and not loaded.model.pair_input
+    assert loaded.infer.dtype == "auto"
     assert not run_config.differences(values, run_config.to_dict(loaded))
     loaded.model.detail = 8
     changed = run_config.differences(values, run_config.to_dict(loaded))
     assert changed == ["model.detail: 0 -> 8"]
+
+
+def test_a_run_with_a_key_that_is_gone(tmp_path):
+    """It goes on where the key had the value that the network has without it."""
+    values = run_config.to_dict(masm_brats.get_config())
+    values["model"]["pair_input"] = False
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    loaded = run_config.load(tmp_path)
+    assert "pair_input" not in loaded.model
+    assert not run_config.differences(values, run_config.to_dict(loaded))
+    values["model"]["pair_input"] = True
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="config.json: model.pair_input = True: expected False"):
+        run_config.load(tmp_path)
 
 
 def test_a_damaged_config_names_the_file(tmp_path):

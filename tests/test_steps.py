@@ -142,10 +142,7 @@ def test_a_few_steps_lower_the_loss(mixed):
 
 
 ALL_PAIRS = tuple(itertools.combinations(("t1", "t1ce", "t2", "flair"), 2))
-EVERYTHING = {
-    "mosaic": "learnt", "shift_extras": ("channel", "gate", "window"), "detail": 4,
-    "pair_input": True,
-}  # fmt: skip
+EVERYTHING = {"mosaic": "learnt", "shift_extras": ("channel", "gate", "window"), "detail": 4}
 
 
 @pytest.mark.parametrize(

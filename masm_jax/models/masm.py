@@ -57,8 +57,6 @@ class MASM(nnx.Module):
         names, pairs = list(modalities), []
         if "aware" in self.mixer_names:  # the others do without, on any modalities
             pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
-        self.partners = partners(pairs, folded) if pairs and model.pair_input else None
-        channels *= 1 if self.partners is None else 2
         if model.backbone == "unetr":
             plain = not self.mixer_names
             self.encoder = UNETREncoder(channels, size, patch=patch, init=init, plain=plain)
@@ -164,8 +162,6 @@ class MASM(nnx.Module):
             skips = self.encoder(together(x, modalities), depth // self.stem, wrap)
             return self.decoder(skips, scans, deep, wrap), {}
 
-        if self.partners is not None:
-            x = jnp.concatenate([x, of_partners(x, self.partners)], axis=-1)
         skips, keep = [], {}
         features = self.encoder(x, depth // self.stem, wrap)
         for level, (name, (x, depth)) in enumerate(zip(self.mixer_names, features)):
@@ -185,22 +181,6 @@ class MASM(nnx.Module):
                 x = self.fuse[level](*jnp.split(x, modalities), depth=depth)
                 skips.append((x, depth))
         return self.decoder(skips, scans, deep, wrap), keep
-
-
-def partners(pairs, modalities):
-    """Of every modality those that it is in a pair with, by number, as tuples."""
-    return tuple(tuple(sum(pair) - m for pair in pairs if m in pair) for m in range(modalities))
-
-
-def of_partners(x, partners):
-    """Planes (M B D, H, W, C), modality slowest: for each modality the mean of its partners', zeros
-    where it has none."""
-    parts = jnp.split(x, len(partners))
-    found = [
-        sum(parts[p] for p in own) / len(own) if own else jnp.zeros_like(parts[0])
-        for own in partners
-    ]
-    return jnp.concatenate(found)
 
 
 def together(x, modalities):

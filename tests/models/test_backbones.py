@@ -72,7 +72,6 @@ def test_the_stride_decides_which_patches_fit(make_config):
         ({"model.backbone": "resnet"}, "model.backbone = 'resnet': expected one of unet, unetr"),
         ({"model.size": "full"}, "model.size = 'full': expected one of tiny, base"),
         ({"model.modality_affine": True}, "modality_affine = True: expected False: the norms"),
-        ({"model.pair_input": True}, "pair_input = True: expected False: model.backbone='unetr'"),
         ({"mesh.spatial": 2}, "mesh.spatial = 2: expected 1: the transformer"),
         ({"model.backbone": "unet", "model.start_from": "a.pt"}, "start_from = 'a.pt': expected"),
     ],

@@ -1,39 +1,13 @@
-"""What the encoder of the network sees, how wide it is, and where networks start."""
+"""How wide the encoder of the network is, and where networks start."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from masm_jax.models import masm
-from masm_jax.models.encoder import Encoder
 from masm_jax.models.init import Initialiser
 from masm_jax.models.masm import MASM
 from masm_jax.state import Network
-
-
-def test_the_partners_of_a_scan_by_hand():
-    """Four scans of which the first is paired with the second and third, the last with none."""
-    known = masm.partners([(0, 1), (2, 0)], 4)
-    assert known == ((1, 2), (0,), (0,), ())
-    x = jnp.arange(1.0, 9.0).reshape(4 * 2, 1, 1, 1)  # two planes each: 1 2, 3 4, 5 6, 7 8
-    found = masm.of_partners(x, known)
-    np.testing.assert_array_equal(np.ravel(found), [4, 5, 1, 2, 1, 2, 0, 0])
-
-
-def test_the_encoder_sees_the_partner_beside_a_scan(make_config, monkeypatch):
-    names, seen, encode = ("t1", "t1ce", "t2", "flair"), [], Encoder.__call__
-    monkeypatch.setattr(Encoder, "__call__", lambda *a: seen.append(a[1]) or encode(*a))
-    for pair_input in (False, True):
-        config = make_config(**{"model.pair_input": pair_input})
-        network = Network(config, modalities=names, regions={"WT": (1,)})
-        x = jax.random.normal(jax.random.key(0), (1, 4, *(config.patch,) * 3))
-        network.apply(network.init(0), x)
-    alone, both = seen
-    own, partner = jnp.split(both, 2, axis=-1)
-    np.testing.assert_array_equal(own, alone)
-    t1, t1ce, t2, flair = jnp.split(own, 4)
-    np.testing.assert_array_equal(partner, jnp.concatenate([t1ce, t1, flair, t2]))
 
 
 def test_parts_draw_apart_from_each_other_and_from_the_rest():

@@ -24,7 +24,6 @@ VARIANTS = {
         "detail": 4,
     },  # fmt: skip
     "all pairs": {"pairs": tuple(itertools.combinations(MODALITIES, 2))},
-    "pair input": {"pair_input": True},
 }
 
 
