@@ -272,6 +272,13 @@ def test_policy_attention_against_differences(first):
     against_differences(lambda *a: masking.policy_attention(*a, first), q, k, v, keep)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_pooling_against_differences(platform):
+    x = jax.random.normal(jax.random.key(0), (4, 4, 6, 2))
+    with traced_for(platform):
+        against_differences(lambda x: resample.average_pool(x, 2), x)
+
+
 def test_soft_average_against_differences():
     scores, v = jax.random.normal(jax.random.key(0), (2, 5, 4)), jnp.ones((2, 4, 3)).at[0, 1].set(2)
     against_differences(masking.soft_average, scores, v)

@@ -1,6 +1,7 @@
 """Between resolutions: trilinear upsampling, average pooling."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -109,9 +110,33 @@ def average_pool(x, factor):
     """Mean over cells of factor^3 voxels, summed in float32: (f N, f H, f W, C) -> (N, H, W, C)."""
     if factor == 1:
         return x
+    if platform_of_trace() == "cpu":
+        return _pooled(x, factor)
     n, h, w, c = x.shape
     # One axis after the other, depth last: a TPU has it in the lanes, and by then there is little.
     rows = x.reshape(n, h, w // factor, factor, c).sum(3, dtype=jnp.float32)
     rows = rows.reshape(n, h // factor, factor, w // factor, c).sum(2)
     cells = rows.reshape(n // factor, factor, h // factor, w // factor, c).sum(1)
     return (cells / factor**3).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _pooled(x, factor):
+    """Depth first and one plane plus the next, which a CPU does in long vectors, and in one pass
+    with what ``x`` comes from; as sums over an axis it takes three to ten times as long."""
+    n, h, w, c = x.shape
+    sums = x.astype(jnp.float32)
+    for row in (h * w * c, w * c, c):
+        parts = sums.reshape(-1, factor, row)
+        sums = functools.reduce(operator.add, (parts[:, i] for i in range(factor)))
+    return (sums / factor**3).astype(x.dtype).reshape(n // factor, h // factor, w // factor, c)
+
+
+def _pooled_backward(factor, _, dy):
+    n, h, w, c = dy.shape
+    share = (dy.astype(jnp.float32) / factor**3).astype(dy.dtype)
+    cells = jnp.broadcast_to(share[:, None, :, None, :, None], (n, factor, h, factor, w, factor, c))
+    return (cells.reshape(n * factor, h * factor, w * factor, c),)
+
+
+_pooled.defvjp(lambda x, factor: (_pooled(x, factor), None), _pooled_backward)
