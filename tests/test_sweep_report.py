@@ -63,13 +63,14 @@ def test_the_interval_knows_of_the_seeds():
 
 
 def test_what_the_masks_would_save(make_config):
-    """Of level 3 at half of the tokens: projections, MLP, and two products of N x N."""
+    """Of level 3 at half of the tokens: projections, MLP, and two products of N x N, of which one
+    has a column more, for the sum of the weights."""
     config = make_config(patch=32)
     full = cost.costs(config, MODALITIES, REGIONS, {"level3": 1.0})
     assert full["avoidable_gmac"] == 0 and full["gmac"] > 0
     half = cost.costs(config, MODALITIES, REGIONS, {"level1": 1.0, "level3": 0.5})
     tokens, kept, width = 2 * 4**3, 4**3, 64  # of a pair: two modalities of 4x4x4
-    saved = (tokens - kept) * (4 + 2 * 2) * width**2 + 2 * (tokens**2 - kept**2) * width
+    saved = (tokens - kept) * (4 + 2 * 2) * width**2 + (tokens**2 - kept**2) * (2 * width + 1)
     assert half["avoidable_gmac"] == pytest.approx(2 * saved / 1e9)
     assert half["gmac"] == full["gmac"]
     assert cost.costs(config, MODALITIES, REGIONS, {})["avoidable_gmac"] is None
