@@ -22,8 +22,8 @@ def get_config():
     config.model.size = "tiny"
     config.model.dtype = "float32"
     config.loss.keep_target = 0.9  # few steps: who has learnt little should prune little
-    # Noise to the end: it regularises, with eight cases, and without it nothing is pruned. As in
-    # masm_brats.py the mask decides, and MASM was ahead in fewer seeds (docs/results.md).
+    # Noise to the end: it regularises, with eight cases, and without it nothing is pruned. With
+    # 0.75, as in masm_brats.py, masks decide, and MASM was ahead in fewer seeds (docs/results.md).
     config.gumbel.quiet = 1e6
     config.optim.learning_rate = 3e-3
     config.optim.warmup_steps = 25

@@ -81,26 +81,26 @@ attention_scores.defvjp(lambda q, k: (attention_scores(q, k), (q, k)), _scores_b
 
 @jax.custom_vjp
 def soft_average(scores, v):
-    """softmax(scores) v, (..., Q, K) and (..., K, C) -> (..., Q, C) in the dtype of ``v``.
+    """softmax(scores) v, (..., Q, K) float32 and (..., K, C) -> (..., Q, C) in the dtype of ``v``.
 
     As lean on its way back as ``policy_attention``. Without one it is left to XLA, which on a CPU
     makes one loop of all of it.
     """
-    return jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype) @ v
+    return jax.nn.softmax(scores).astype(v.dtype) @ v
 
 
 def _average_forward(scores, v):
-    scores = scores.astype(jnp.float32)
     weights = jnp.exp(scores - scores.max(-1, keepdims=True)).astype(v.dtype)
-    sums = _product("...qk,...kc->...qc", weights, _counted(v))
-    return (sums[..., :-1] / sums[..., -1:]).astype(v.dtype), (v, weights, sums)
+    total = weights.sum(-1, keepdims=True, dtype=jnp.float32)
+    y = _product("...qk,...kc->...qc", weights, v) / total
+    return y.astype(v.dtype), (v, weights, y, total)
 
 
 def _average_backward(saved, gradient):
-    v, weights, sums = saved
-    gradient = gradient.astype(jnp.float32) / sums[..., -1:]
-    inner, lean = _dot(gradient, sums[..., :-1]) / sums[..., -1:], gradient.astype(v.dtype)
-    d = weights * (_product("...qc,...kc->...qk", lean, v) - inner)
+    v, weights, y, total = saved
+    gradient = gradient.astype(jnp.float32) / total
+    lean = gradient.astype(v.dtype)
+    d = weights * (_product("...qc,...kc->...qk", lean, v) - _dot(gradient, y))
     return d, _turned(lean, weights).astype(v.dtype)
 
 
@@ -182,7 +182,7 @@ def _dot(x, y):
 
 def _counted(x):
     """With a column of ones: a product with it has the sum of the weights too."""
-    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+    return jnp.concatenate([x, jnp.ones((*x.shape[:3], 1), x.dtype)], axis=-1)
 
 
 def _turned(x, weights):

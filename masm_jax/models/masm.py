@@ -54,9 +54,6 @@ class MASM(nnx.Module):
         channels = size.stem**3 * len(modalities) // folded
         groups = folded if model.modality_affine else 1
         widths = encoder_widths(model)
-        names, pairs = list(modalities), []
-        if "aware" in self.mixer_names:  # the others do without, on any modalities
-            pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
         if model.backbone == "unetr":
             plain = not self.mixer_names
             self.encoder = UNETREncoder(channels, size, patch=patch, init=init, plain=plain)
@@ -64,6 +61,9 @@ class MASM(nnx.Module):
             self.encoder = SwinEncoder(channels, size, init=init)
         else:
             self.encoder = Encoder(channels, widths, size.strides, init=init, groups=groups)
+        names, pairs = list(modalities), []
+        if "aware" in self.mixer_names:  # the others do without, on any modalities
+            pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]
         mixers, fuse = {}, []
         stride = size.stem
         for level, name in enumerate(self.mixer_names):

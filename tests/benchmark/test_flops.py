@@ -41,14 +41,12 @@ def test_one_network_in_two_frameworks(tmp_path, capsys):
 
 
 def test_unetr_counts_as_monais(tmp_path):
-    """Parameters but for the norms of a cross-attention that MONAI never calls: 12 x 2 x 768; and
-    in training a column more for the sum of the weights, of 12 blocks, 12 heads and 8 tokens."""
+    """Parameters but for the norms of a cross-attention that MONAI never calls: 12 x 2 x 768."""
     pytest.importorskip("monai", reason="the peers need MONAI: requirements-test.txt")
     file = tmp_path / "flops.json"
     assert main([*SMALL, "--networks=unetr_jax,unetr", "--no-xla", f"--json={file}"]) == 0
     own, other = (json.loads(file.read_text())["networks"][name] for name in ("unetr_jax", "unetr"))
-    assert own["forward"] == other["forward"]
-    assert own["train"] == other["train"] + 12 * 12 * 8**2
+    assert own["forward"] == other["forward"] and own["train"] == other["train"]
     assert own["parameters"] == other["parameters"] - 12 * 2 * 768
 
 
