@@ -53,11 +53,11 @@ class Budget:
         return cls(kind, amount)
 
     def __str__(self):
-        return f"{self.kind}-{self.amount:g}"
+        return f"{self.kind}-{self.amount:.15g}"  # a folder: two budgets never share one
 
     def words(self):
         """For people."""
-        return f"{self.amount:g} {self.kind}"
+        return f"{self.amount:.15g} {self.kind}"
 
     def steps(self, rate):
         """Steps of a network that makes ``rate`` per second."""

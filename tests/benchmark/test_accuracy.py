@@ -4,7 +4,10 @@ import argparse
 import csv
 import json
 import math
+import os
+import signal
 import subprocess
+import time
 import types
 
 import numpy as np
@@ -30,6 +33,7 @@ def test_budgets():
     assert Budget.parse("minutes:0.001").steps(0.1) == 1
     assert Budget.parse("steps:400").steps(None) == 400
     assert str(Budget.parse("minutes:10")) == "minutes-10"
+    assert Budget.parse("steps:1234567").words() == "1234567 steps"
     for wrong in ("10", "hours:1", "steps:0", "steps:1.5", "minutes:-1", "minutes:nan", "steps:"):
         with pytest.raises(ValueError, match=f"--budget={wrong}: expected such as"):
             Budget.parse(wrong)
@@ -240,6 +244,40 @@ def test_from_records_to_a_table(bench, records, tmp_path):
     assert again.stdout.count("done before") == 2 and "| unet | JAX" in again.stdout
     other = bench(*flags, f"--networks=unet,{TINY}", "--set=augment=swin", code=1)
     assert "is another study: given" in other.stderr and other.stderr.count("\n") == 1
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(command_line, records, tmp_path):
+    start, options = command_line
+    folder = tmp_path / "steps-1000000" / TINY.replace(":", ".") / "seed-0"
+    words = [
+        *SMALL, f"--records={records}", f"--split=holdout:{CASES[3]}", f"--output={tmp_path}",
+        "--seeds=0", "--budget=steps:1000000", f"--networks={TINY}",
+    ]  # fmt: skip
+
+    def steps():
+        path = folder / "metrics.jsonl"
+        return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+    last = 0
+    for _ in range(2):
+        process = subprocess.Popen(
+            [*start, "-m", "masm_jax.benchmark", "accuracy", *map(str, words)],
+            **options | {"env": options["env"] | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}},
+            stdout=subprocess.PIPE, text=True, start_new_session=True,
+            # Where the tests run in the background, Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        limit = time.monotonic() + 120
+        while not (folder / "metrics.jsonl").is_file() or max([0, *steps()]) < last + 3:
+            assert process.poll() is None and time.monotonic() < limit
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == runtime.EXIT_STOPPED, said
+        assert "stopped; the same command goes on" in said and "Traceback" not in said
+        assert steps() == sorted(set(steps()))  # from where it was, with nothing done again
+        last = steps()[-1]
+    assert not (folder / "eval").exists()
 
 
 @pytest.mark.slow  # the parts of it are tested alone, and the trainings above

@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from masm_jax import prepare
+from masm_jax import prepare, processes, runtime
 from masm_jax.evaluation import tables
 from tests.faults import runs
 
@@ -55,6 +55,23 @@ def test_a_changed_reference_is_refused(evaluate, tmp_path, change, words):
 def test_whole_numbers_in_floats_are_labels(evaluate, tmp_path):
     rewrite(tmp_path / SEG, lambda labels: labels.astype(np.float32))
     assert evaluate()[0] == 0
+
+
+def test_ctrl_c_leaves_an_earlier_evaluation_as_it_was(evaluate, tmp_path, capsys, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    def contents():
+        return {p: p.read_bytes() for p in (tmp_path / "evaluated").rglob("*") if p.is_file()}
+
+    assert evaluate()[0] == 0
+    before = contents()
+    monkeypatch.setattr(runs.Network, "probabilities", stopped)
+    with pytest.raises(SystemExit) as left, processes.joined(None):
+        evaluate()
+    assert left.value.code == runtime.EXIT_INTERRUPTED
+    assert capsys.readouterr().err.endswith("stopped before it was done; start it again\n")
+    assert before and contents() == before
 
 
 def test_a_turned_reference_is_refused(evaluate, tmp_path):
