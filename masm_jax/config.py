@@ -46,6 +46,10 @@ def validate(config):
         0 < model.encoder_width <= 4, "model.encoder_width", model.encoder_width,
         "above 0, at most 4",
     )  # fmt: skip
+    check(
+        0 <= model.encoder_single <= 6, "model.encoder_single", model.encoder_single,
+        "0 to 6, levels of the encoder",
+    )  # fmt: skip
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
     among("model.remat", model.remat, REMAT)
     among("model.pruning", model.pruning, PRUNING)

@@ -29,5 +29,6 @@ def on_phantoms(rows, **common):
 
 
 def _sweep(config, common, rows):
-    common = {"model.encoder_width": 1.0} | common  # as docs/sweeps.md was measured
+    # As docs/sweeps.md was measured.
+    common = {"model.encoder_width": 1.0, "model.encoder_single": 0} | common
     return {"config": config, "common": common, "rows": rows, "seeds": (0, 1, 2), "split": "val"}

@@ -7,17 +7,20 @@ from masm_jax.models.layers import ConvNorm, apply_all
 
 
 class Encoder(nnx.Module):
-    """Per level two (conv 3x3x3, instance norm, leaky ReLU); the first carries the level's stride.
+    """Per level two (conv 3x3x3, instance norm, leaky ReLU), of the ``single`` first levels one;
+    the first carries the level's stride.
 
     The modalities lie folded in the batch, modality slowest: M B volumes. ``groups`` is M where the
     norms learn a scale and shift per modality, else 1.
     """
 
-    def __init__(self, channels_in, widths, strides, *, init, groups=1):
+    def __init__(self, channels_in, widths, strides, *, init, groups=1, single=0):
         levels = []
-        for width, stride in zip(widths, strides):
-            first = ConvNorm(channels_in, width, init=init, stride=stride, groups=groups)
-            levels.append(nnx.List([first, ConvNorm(width, width, init=init, groups=groups)]))
+        for number, (width, stride) in enumerate(zip(widths, strides)):
+            level = [ConvNorm(channels_in, width, init=init, stride=stride, groups=groups)]
+            if number >= single:
+                level.append(ConvNorm(width, width, init=init, groups=groups))
+            levels.append(nnx.List(level))
             channels_in = width
         self.levels = nnx.List(levels)
 

@@ -27,7 +27,7 @@ from masm_jax.models.encoder import Encoder
 from masm_jax.models.layers import Fuse, depth_to_space, planes, stem, volumes
 from masm_jax.models.residual import ResidualDecoder
 from masm_jax.models.shift import ShiftMixer
-from masm_jax.models.sizes import encoder_widths, size_of
+from masm_jax.models.sizes import encoder_single, encoder_widths, size_of
 from masm_jax.models.swin_unetr import SwinEncoder
 from masm_jax.models.unetr import UNETREncoder
 
@@ -60,7 +60,10 @@ class MASM(nnx.Module):
         elif model.backbone == "swin_unetr":
             self.encoder = SwinEncoder(channels, size, init=init)
         else:
-            self.encoder = Encoder(channels, widths, size.strides, init=init, groups=groups)
+            single = encoder_single(model)
+            self.encoder = Encoder(
+                channels, widths, size.strides, init=init, groups=groups, single=single
+            )
         names, pairs = list(modalities), []
         if "aware" in self.mixer_names:  # the others do without, on any modalities
             pairs = [tuple(names.index(m) for m in pair) for pair in model.pairs]

@@ -125,8 +125,14 @@ def size_of(model):
     return BACKBONES[model.backbone][model.size]
 
 
+def encoder_single(model):
+    """Levels of the encoder, from the first, that have one convolution and all the channels."""
+    return model.encoder_single if model.backbone == "unet" and model.mixers else 0
+
+
 def encoder_widths(model):
-    """Channels E_j per level of the encoder: fewer in the U-Net's that runs for each modality."""
-    runs_for_each = model.backbone == "unet" and model.mixers
-    share = model.encoder_width if runs_for_each else 1
-    return tuple(max(1, round(width * share)) for width in size_of(model).widths)
+    """Channels E_j per level of the encoder: fewer in the U-Net's that runs for each modality, but
+    for the levels that have one convolution."""
+    widths, single = size_of(model).widths, encoder_single(model)
+    share = model.encoder_width if model.backbone == "unet" and model.mixers else 1
+    return widths[:single] + tuple(max(1, round(width * share)) for width in widths[single:])

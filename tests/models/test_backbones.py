@@ -36,8 +36,9 @@ def test_six_maps_of_the_strides_and_widths_that_the_size_says(backbone, size, m
     x = jax.ShapeDtypeStruct((4 * edge, edge, edge, chosen.stem**3), jnp.float32)
     maps = jax.eval_shape(lambda x: [plane for plane, _ in model.encoder(x, edge)], x)
     assert len(maps) == 6
-    share = 0.5 if backbone == "unet" else 1  # model.encoder_width of the configs
-    widths = [width * share for width in chosen.widths]
+    # model.encoder_width of the configs, and from level 2 on, model.encoder_single
+    share = 0.5 if backbone == "unet" else 1
+    widths = [chosen.widths[0], *(width * share for width in chosen.widths[1:])]
     for found, stride, width in zip(maps, np.cumprod(chosen.strides), widths):
         assert found.shape == (4 * edge // stride, edge // stride, edge // stride, width)
 

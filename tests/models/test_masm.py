@@ -51,15 +51,19 @@ def test_networks_start_equal_where_they_are_alike(make_config):
 
 
 def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config):
-    def shapes(mixers, width):
-        model = make_config(**{"model.mixers": mixers, "model.encoder_width": width}).model
+    def shapes(mixers, width, single):
+        changes = {"mixers": mixers, "encoder_width": width, "encoder_single": single}
+        model = make_config(**{f"model.{key}": value for key, value in changes.items()}).model
         sizes = dict(patch=(16,) * 3, modalities=("t1", "t1ce", "t2", "flair"), num_regions=3)
         network = MASM(model, init=Initialiser(None), **sizes)
-        encoder = [level[1].kernel.shape[-2:] for level in network.encoder.levels]
+        encoder = [[conv.kernel.shape[-2:] for conv in level] for level in network.encoder.levels]
         return encoder, jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(network.decoder)))
 
     mixers = ("aware",) * 5 + ("shift",)
-    encoder, decoder = shapes(mixers, 0.5)
-    assert encoder == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
-    assert decoder == shapes(mixers, 1.0)[1]
-    assert shapes((), 0.5) == shapes((), 1.0)
+    encoder, decoder = shapes(mixers, 0.5, 0)
+    last = [level[-1] for level in encoder]
+    assert last == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
+    single, same = shapes(mixers, 0.5, 1)
+    assert single == [[(8, 16)], [(16, 16), (16, 16)], *encoder[2:]]  # 2^3 voxels come in
+    assert same == decoder == shapes(mixers, 1.0, 0)[1]
+    assert shapes((), 0.5, 1) == shapes((), 1.0, 0)
