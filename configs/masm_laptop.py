@@ -20,6 +20,7 @@ def get_config():
     config.data.records = "records/brats2mm"
     config.data.spacing = 2.0
     config.model.size = "tiny"
+    config.model.encoder_single = 1  # half of level 1 would be 8 channels (docs/sweeps.md)
     config.model.dtype = "float32"
     config.loss.keep_target = 0.9  # few steps: who has learnt little should prune little
     # Noise to the end: it regularises, with eight cases, and without it nothing is pruned. With

@@ -31,7 +31,7 @@ _MASM = {  # whatever the config has
     "model.mixers": ("aware",) * 5 + ("shift",),
     "model.detail": 8,
     "model.encoder_width": 0.5,
-    "model.encoder_single": 1,
+    "model.encoder_single": 0,
 }
 _PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}
@@ -104,13 +104,10 @@ def _unet(size):
 
 
 NETWORKS = {
-    "masm_tiny": _ours("MASM, size tiny", {"model.size": "tiny"}),
+    "masm_tiny": _ours("MASM, size tiny", {"model.size": "tiny", "model.encoder_single": 1}),
     "masm_base": _ours("MASM, size base", {}),
     "masm_base_plain": _ours("MASM, size base, model.detail=0", {"model.detail": 0}),
-    "masm_base_wide": _ours(
-        "MASM, size base, model.encoder_width=1, encoder_single=0",
-        {"model.encoder_width": 1.0, "model.encoder_single": 0},
-    ),
+    "masm_base_wide": _ours("MASM, size base, model.encoder_width=1", {"model.encoder_width": 1.0}),
     "masm_full": _ours("MASM, size full", {"model.size": "full"}),
     "masm_unetr": _ours("MASM, UNETR's encoder", {"model.backbone": "unetr"}),
     "masm_swin_unetr": _ours("MASM, Swin UNETR's encoder", {"model.backbone": "swin_unetr"}),

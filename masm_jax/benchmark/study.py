@@ -26,9 +26,9 @@ OURS = {  # networks of ours: what they change of the config
     "unet": ("model.mixers=()",),
     "aware": (f"model.mixers={('aware',) * LEVELS!r}",),
     "shift": (f"model.mixers={('shift',) * LEVELS!r}",),
-    "tiny": ("model.size=tiny",),
-    "base": ("model.size=base",),
-    "full": ("model.size=full",),
+    "tiny": ("model.size=tiny", "model.encoder_single=1"),  # each as its config has it
+    "base": ("model.size=base", "model.encoder_single=0"),
+    "full": ("model.size=full", "model.encoder_single=0"),
 }
 _INTERVALS = 6  # of a calibration; the first has the compilation in it and does not count
 
