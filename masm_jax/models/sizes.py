@@ -127,12 +127,17 @@ def size_of(model):
 
 def encoder_single(model):
     """Levels of the encoder, from the first, that have one convolution and all the channels."""
-    return model.encoder_single if model.backbone == "unet" and model.mixers else 0
+    return model.encoder_single if _for_each(model) else 0
 
 
 def encoder_widths(model):
     """Channels E_j per level of the encoder: fewer in the U-Net's that runs for each modality, but
     for the levels that have one convolution."""
     widths, single = size_of(model).widths, encoder_single(model)
-    share = model.encoder_width if model.backbone == "unet" and model.mixers else 1
+    share = model.encoder_width if _for_each(model) else 1
     return widths[:single] + tuple(max(1, round(width * share)) for width in widths[single:])
+
+
+def _for_each(model):
+    """Whether the encoder is a U-Net's that runs for each modality."""
+    return model.backbone == "unet" and bool(model.mixers)
