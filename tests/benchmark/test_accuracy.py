@@ -190,9 +190,8 @@ def test_the_time_left_goes_by_what_the_same_network_took():
 def accuracy_command(command_line):
     """(start, options) of subprocess.run([*start, "--flag=value"], **options); torch not hidden."""
     start, options = command_line
-    environment = options["env"] | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
-    start = [*start, "-m", "masm_jax.benchmark", "accuracy"]
-    return start, options | {"env": environment, "text": True}
+    env = options["env"] | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    return [*start, "-m", "masm_jax.benchmark", "accuracy"], options | {"env": env, "text": True}
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +200,8 @@ def bench(accuracy_command):
     start, options = accuracy_command
 
     def run(*words, code=0):
-        result = subprocess.run(
-            [*start, *map(str, words)], **options, capture_output=True, timeout=600
-        )
+        command = [*start, *map(str, words)]
+        result = subprocess.run(command, **options, capture_output=True, timeout=600)
         assert result.returncode == code, f"{result.stdout}\n{result.stderr}"
         return result
 
@@ -255,14 +253,13 @@ def test_from_records_to_a_table(bench, records, tmp_path):
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(accuracy_command, records, tmp_path):
     start, options = accuracy_command
-    folder = tmp_path / "steps-1000000" / TINY.replace(":", ".") / "seed-0"
+    path = tmp_path / "steps-1000000" / TINY.replace(":", ".") / "seed-0" / "metrics.jsonl"
     words = [
         *SMALL, f"--records={records}", f"--split=holdout:{CASES[3]}", f"--output={tmp_path}",
         "--seeds=0", "--budget=steps:1000000", f"--networks={TINY}",
     ]  # fmt: skip
 
     def steps():
-        path = folder / "metrics.jsonl"
         lines = path.read_text().split("\n")[:-1] if path.is_file() else []  # whole ones
         return [json.loads(line)["step"] for line in lines]
 
@@ -283,7 +280,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(accuracy_command, records, tm
         assert "stopped; the same command goes on" in said and "Traceback" not in said
         assert steps() == sorted(set(steps()))  # from where it was, with nothing done again
         last = steps()[-1]
-    assert not (folder / "eval").exists()
+    assert not (path.parent / "eval").exists()
 
 
 @pytest.mark.slow  # the parts of it are tested alone, and the trainings above
