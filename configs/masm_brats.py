@@ -54,6 +54,9 @@ def get_config():
     # Its first so many levels have one convolution and all the channels, in place of two and that
     # share of them, for as many multiply-adds; 1 pays in size tiny (docs/sweeps.md)
     model.encoder_single = 0
+    # At its first so many levels the modalities are fused to one skip, for which the decoder is
+    # cheaper; at the others it looks at all of them side by side (docs/sweeps.md)
+    model.fused_levels = 6
     model.mixers = ("aware",) * 5 + ("shift",)  # per level: aware, shift, concat; () = plain U-Net
     # Of the Modality-Aware mixer; a modality may be in several, or in none; (): the description's
     model.pairs = (("t1", "t1ce"), ("t2", "flair"))

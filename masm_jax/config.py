@@ -50,6 +50,10 @@ def validate(config):
         0 <= model.encoder_single <= 6, "model.encoder_single", model.encoder_single,
         "0 to 6, levels of the encoder",
     )  # fmt: skip
+    check(
+        0 <= model.fused_levels <= 6, "model.fused_levels", model.fused_levels,
+        "0 to 6, levels whose skip is fused",
+    )  # fmt: skip
     among("model.dtype", model.dtype, ("float32", "bfloat16"))
     among("model.remat", model.remat, REMAT)
     among("model.pruning", model.pruning, PRUNING)

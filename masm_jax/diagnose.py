@@ -121,7 +121,8 @@ def measure(segmenter, records, cases):
     settings, params = segmenter.settings, segmenter.params
     regions = settings.regions
     off = {f"masks {level}": change for level, change in without_masks(params).items()}
-    off |= {f"skips {level}": change for level, change in without_skips(params).items()}
+    if segmenter.network.config.model.mixers:
+        off |= {f"skips {level}": change for level, change in without_skips(params).items()}
     names = keep_names(segmenter.network)
     channels = {"/".join(name): () for name in names}
     keeper = names and segmenter.another(
@@ -189,13 +190,22 @@ def without_masks(params):
 
 
 def without_skips(params):
-    """{level: parameters of which the fusion of that level gives zeros}; none of a plain U-Net."""
+    """{level: parameters with which the decoder does not look at the skip of that level}.
+
+    Of the last level, which is all that the decoder starts from, it keeps the biases.
+    """
     found = {}
-    for number, dense in params.get("fuse", {}).items():
+    for number in params["decoder"]["blocks"]:
         changed = copy.deepcopy(params)
-        changed["fuse"][number] = {name: np.zeros_like(value) for name, value in dense.items()}
-        found[f"level{int(number) + 1}"] = changed
-    return found
+        first = changed["decoder"]["blocks"][number][0]
+        kernel = np.array(first["kernel"])
+        kernel[..., kernel.shape[-1] :, :] = 0  # before them: of what comes from below
+        first["kernel"] = kernel
+        found[f"level{number + 1}"] = changed
+    changed = copy.deepcopy(params)
+    lowest = changed["decoder"]["ups"][len(found) - 1]
+    lowest["kernel"] = np.zeros_like(lowest["kernel"])
+    return found | {f"level{len(found) + 1}": changed}
 
 
 def _of(means, prefix):

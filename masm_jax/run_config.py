@@ -13,7 +13,8 @@ _RESTORE = "restore it from a copy of the run"
 # Keys that older runs lack, with the value that does as they did.
 # (But infer.dtype: on a CPU they computed in bfloat16, less exactly and in six times the time.)
 LATER = {
-    "model.detail": 0, "model.encoder_width": 1.0, "model.encoder_single": 0, "infer.dtype": "auto",
+    "model.detail": 0, "model.encoder_width": 1.0, "model.encoder_single": 0,
+    "model.fused_levels": 6, "infer.dtype": "auto",
 }  # fmt: skip
 # Keys that runs from 2026-11-30 have and this version has not, with the value that it works by.
 GONE = {"model.pair_input": False}

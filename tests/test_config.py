@@ -144,6 +144,7 @@ def test_base_stays_within_its_budget(name):
         ("model.detail", -1, ("= -1", "0 (none) or more")),
         ("model.encoder_width", 0.0, ("= 0.0", "above 0")),
         ("model.encoder_single", 7, ("= 7", "0 to 6")),
+        ("model.fused_levels", -1, ("= -1", "0 to 6")),
         ("infer.dtype", "float16", ("= 'float16'", "auto, float32, bfloat16")),
         ("model.keep_bias", float("nan"), ("= nan", "a number")),
         ("data.workers", -1, ("= -1", "0 or more")),
@@ -323,13 +324,13 @@ def test_a_config_of_another_version_names_the_missing_key(tmp_path, section, ke
 
 def test_a_run_from_before_a_key_goes_on(tmp_path):
     values = run_config.to_dict(masm_brats.get_config())
-    for key in ("detail", "encoder_width", "encoder_single"):
+    for key in ("detail", "encoder_width", "encoder_single", "fused_levels"):
         del values["model"][key]
     del values["infer"]["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     loaded = run_config.load(tmp_path)
     assert loaded.model.detail == 0 and loaded.model.encoder_width == 1
-    assert loaded.model.encoder_single == 0
+    assert (loaded.model.encoder_single, loaded.model.fused_levels) == (0, 6)
     assert loaded.infer.dtype == "auto"
     assert not run_config.differences(values, run_config.to_dict(loaded))
     loaded.model.detail = 8

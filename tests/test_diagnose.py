@@ -29,16 +29,21 @@ def test_what_is_switched_off_is_that_and_nothing_else(segmenter):
     params = jax.tree.map(np.asarray, segmenter.params)
     masks, skips = diagnose.without_masks(params), diagnose.without_skips(params)
     assert list(masks) == ["level1"] and list(skips) == [f"level{i}" for i in range(1, 7)]
-    # A bias; kernel and scale, the shift starts at zero.
-    for changed, count in [(masks["level1"], 1), (skips["level3"], 2)]:
+    # A bias; a kernel of the decoder.
+    for changed in (masks["level1"], skips["level3"], skips["level6"]):
         paths = jax.tree.leaves(
             jax.tree.map(lambda a, b: not np.array_equal(a, b), params, changed)
         )
-        assert sum(paths) == count
+        assert sum(paths) == 1
     x = np.random.default_rng(0).standard_normal((1, 4, 16, 16, 16), np.float32)
     kept = jax.jit(lambda params: segmenter.network.apply(params, x)[1]["level1"].mean())
     assert [kept(params), kept(masks["level1"])] == [0.0, 1.0]
-    assert diagnose.without_skips({"encoder": {}}) == {} == diagnose.without_masks({"encoder": {}})
+    assert diagnose.without_masks({"encoder": {}}) == {}
+    # The decoder looks at the scans through the skips alone.
+    for change in skips.values():
+        params = jax.tree.map(lambda whole, part: np.where(part == 0, 0, whole), params, change)
+    blind = jax.jit(lambda x: segmenter.network.apply(params, x)[0][0])
+    np.testing.assert_array_equal(blind(x), blind(2 * x - 1))
 
 
 def test_a_network_that_prunes_everything_is_found(segmenter, records):

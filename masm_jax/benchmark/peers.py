@@ -32,6 +32,7 @@ _MASM = {  # whatever the config has
     "model.detail": 8,
     "model.encoder_width": 0.5,
     "model.encoder_single": 0,
+    "model.fused_levels": 6,
 }
 _PLAIN = {"model.mixers": ()}  # the modalities come together as channels
 _CONCAT = {"model.mixers": ("concat",) * 6}

@@ -21,6 +21,7 @@ class Decoder(nnx.Module):
     Args:
       widths: channels per level, from level 1.
       strides: of the levels; level j + 1 -> j goes up by strides[j].
+      skips: channels of the skip per level, of all its parts together.
       stem: edge of the space-to-depth stem; the first head is sub-pixel by that factor.
       num_regions: R.
       heads: number of levels, from the first, with a head.
@@ -28,14 +29,14 @@ class Decoder(nnx.Module):
     """
 
     def __init__(
-        self, widths, strides, *, stem, num_regions, heads, init, detail=None
+        self, widths, strides, *, skips, stem, num_regions, heads, init, detail=None
     ):  # fmt: skip
         ups, blocks = [], []
         for level in range(len(widths) - 1):
-            width, below = widths[level], widths[level + 1]
+            width, below = widths[level], (*widths[:-1], skips[-1])[level + 1]
             children = strides[level + 1] ** 3
             ups.append(Dense(below, children * width, init=init, copies=children))
-            first = ConvNorm(2 * width, width, init=init)
+            first = ConvNorm(width + skips[level], width, init=init)
             blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
         self.detail = detail
@@ -55,7 +56,7 @@ class Decoder(nnx.Module):
         """From the skips to logits.
 
         Args:
-          skips: per level (planes (B D_j, H_j, W_j, C_j), D_j).
+          skips: per level (list of planes (B D_j, H_j, W_j, C), D_j): one, or of every modality.
           scans: planes (B D, H, W, M); looked at where there is ``detail``.
           deep: heads of the lower levels too.
           wrap: goes around every level: ``jax.checkpoint``, or nothing.
@@ -64,20 +65,21 @@ class Decoder(nnx.Module):
           float32 logits, one array per head: (B, D_1, H_1, W_1, stem^3 R), to be unpacked by
           ``depth_to_space``; then, if ``deep``, (B, D_j, H_j, W_j, R) of levels 2, 3, ...
         """
-        x, _ = skips[-1]
+        below, _ = skips[-1]
         logits = []
         for level in reversed(range(len(self.ups))):
             skip, depth = skips[level]
             with jax.named_scope(f"level{level + 1}"):
-                x = wrap(functools.partial(self._level, level, depth))(x, skip)
+                x = wrap(functools.partial(self._level, level, depth))(below, skip)
                 if level < len(self.heads) and (deep or level == 0):
                     y = self.heads[level](x)
                     if level == 0 and self.detail is not None:
                         y = y + wrap(functools.partial(self.detail, depth=depth))(x, scans)
                     logits.append(volumes(y.astype(jnp.float32), depth))
+                below = (x,)
         logits.reverse()
         return logits
 
-    def _level(self, level, depth, x, skip):
-        x = depth_to_space(self.ups[level](x), self.strides[level + 1])
-        return apply_all(self.blocks[level], jnp.concatenate([x, skip], axis=-1), depth)
+    def _level(self, level, depth, below, skip):
+        x = depth_to_space(self.ups[level](*below), self.strides[level + 1])
+        return apply_all(self.blocks[level], jnp.concatenate([x, *skip], axis=-1), depth)

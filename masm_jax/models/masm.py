@@ -4,8 +4,8 @@
       -> space-to-depth stem (base, tiny), modalities folded into the batch
       -> Encoder (or that of UNETR or Swin UNETR): features F^j (B, M, S_j^3, E_j), j = 1..6
       -> per level a mixer: "aware" (pairs attend, prune, replace), "shift" (mosaic) or "concat"
-      -> Fuse: the M results become the skip of the level (B, S_j^3, C_j)
-      -> Decoder -> logits (B, D, H, W, R)
+      -> the first ``fused_levels``: Fuse: the M results become one skip (B, S_j^3, C_j)
+      -> Decoder, which looks at what is not fused side by side -> logits (B, D, H, W, R)
 
 Which mixer works at which level is data (``mixers``). With no mixers at all the modalities are
 concatenated at the input instead: the plain U-Net that every comparison starts from, or UNETR or
@@ -100,7 +100,8 @@ class MASM(nnx.Module):
                     extras=tuple(model.shift_extras),
                     **shared,
                 )
-            fuse.append(Fuse(folded * widths[level], size.widths[level], init=init))
+            if level < model.fused_levels:
+                fuse.append(Fuse(folded * widths[level], size.widths[level], init=init))
         self.mixers, self.fuse = nnx.Dict(mixers), nnx.List(fuse)
         if model.backbone != "unet" and not self.mixer_names:  # UNETR, Swin UNETR as published
             self.decoder = ResidualDecoder(self.encoder.widths, num_regions=num_regions, init=init)
@@ -112,6 +113,7 @@ class MASM(nnx.Module):
         self.decoder = Decoder(
             size.widths,
             size.strides,
+            skips=[*size.widths[: len(fuse)], *(folded * width for width in widths[len(fuse) :])],
             stem=size.stem,
             num_regions=num_regions,
             heads=size.deep_heads,
@@ -162,7 +164,8 @@ class MASM(nnx.Module):
         scans = together(_weighed(x, present) if weighs else x, modalities)
         x = stem(x[..., 0], self.stem)
         if not self.mixer_names:
-            skips = self.encoder(together(x, modalities), depth // self.stem, wrap)
+            features = self.encoder(together(x, modalities), depth // self.stem, wrap)
+            skips = [((x,), depth) for x, depth in features]
             return self.decoder(skips, scans, deep, wrap), {}
 
         skips, keep = [], {}
@@ -181,7 +184,9 @@ class MASM(nnx.Module):
                 elif name == "shift":
                     x = wrap(functools.partial(self.mixers[_key(level)], depth=depth))(x, **options)
                 x = x if present is None else _weighed(x, present)
-                x = self.fuse[level](*jnp.split(x, modalities), depth=depth)
+                x = jnp.split(x, modalities)
+                if level < len(self.fuse):
+                    x = [self.fuse[level](*x, depth=depth)]
                 skips.append((x, depth))
         return self.decoder(skips, scans, deep, wrap), keep
 
@@ -192,7 +197,7 @@ def together(x, modalities):
 
 
 def _weighed(x, present):
-    """Planes (M B D, H, W, C) for the fusion: none of what is missing, more of what is there."""
+    """Planes (M B D, H, W, C) for the decoder: none of what is missing, more of what is there."""
     weight = present * (present.shape[1] / present.sum(1, keepdims=True))  # (B, M)
     weight = jnp.repeat(weight.T.reshape(-1), len(x) // weight.size)
     return x * weight.astype(x.dtype)[:, None, None, None]

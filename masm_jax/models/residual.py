@@ -83,9 +83,9 @@ class ResidualDecoder(nnx.Module):
     @jax.named_scope("decoder")
     def __call__(self, skips, scans, deep=False, wrap=lambda block: block):
         """As ``Decoder``, but for the heads: [(B, D, H, W, R) float32], whatever ``deep`` says."""
-        x, _ = skips[-1]
+        (x,), _ = skips[-1]
         for level in reversed(range(len(self.ups))):
-            skip, depth = skips[level]
+            (skip,), depth = skips[level]
             up, block = self.ups[level], self.blocks[level]
             with jax.named_scope(f"level{level + 1}"):
                 x = wrap(

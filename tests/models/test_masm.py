@@ -1,9 +1,7 @@
 """How wide the encoder of the network is, and where networks start."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from masm_jax.models.init import Initialiser
 from masm_jax.models.masm import MASM
@@ -50,14 +48,16 @@ def test_networks_start_equal_where_they_are_alike(make_config):
         np.testing.assert_allclose(other, first, atol=1e-5)
 
 
-def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config):
-    def shapes(mixers, width, single):
-        changes = {"mixers": mixers, "encoder_width": width, "encoder_single": single}
+def test_channels_of_the_encoder_and_what_the_decoder_looks_at(make_config):
+    def shapes(mixers, width, single, fused=6):
+        changes = {"encoder_width": width, "encoder_single": single, "fused_levels": fused}
+        changes["mixers"] = mixers
         model = make_config(**{f"model.{key}": value for key, value in changes.items()}).model
         sizes = dict(patch=(16,) * 3, modalities=("t1", "t1ce", "t2", "flair"), num_regions=3)
         network = MASM(model, init=Initialiser(None), **sizes)
         encoder = [[conv.kernel.shape[-2:] for conv in level] for level in network.encoder.levels]
-        return encoder, jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(network.decoder)))
+        decoder = [blocks[0].kernel.shape[-2:] for blocks in network.decoder.blocks]
+        return encoder, [*decoder, network.decoder.ups[-1].kernel.shape]
 
     mixers = ("aware",) * 5 + ("shift",)
     encoder, decoder = shapes(mixers, 0.5, 0)
@@ -65,5 +65,14 @@ def test_a_narrower_encoder_leaves_the_decoder_and_the_plain_network(make_config
     assert last == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
     single, same = shapes(mixers, 0.5, 1)
     assert single == [[(8, 16)], [(16, 16), (16, 16)], *encoder[2:]]  # 2^3 voxels come in
-    assert same == decoder == shapes(mixers, 1.0, 0)[1]
-    assert shapes((), 0.5, 1) == shapes((), 1.0, 0)
+    # What comes from below and the skip; the last level goes up by 1.
+    fused = [*((2 * c, c) for c in (16, 32, 64, 96, 128)), (128, 128)]
+    assert decoder == same == shapes(mixers, 1.0, 0)[1] == fused
+    # What comes from below and four modalities.
+    half = [(16 + 32, 16), (32 + 64, 32), (64 + 128, 64), (96 + 192, 96), (128 + 256, 128)]
+    assert shapes(mixers, 0.5, 0, 0)[1] == [*half, (256, 128)]
+    assert shapes(mixers, 0.5, 1, 0)[1] == [(16 + 64, 16), *half[1:], (256, 128)]
+    assert shapes(mixers, 0.5, 0, 2)[1] == [*fused[:2], *half[2:], (256, 128)]
+    assert shapes(mixers, 0.5, 0, 5)[1] == [*fused[:5], (256, 128)]
+    assert shapes((), 0.5, 1, 0) == shapes((), 1.0, 0)
+    assert shapes((), 1.0, 0)[1] == fused

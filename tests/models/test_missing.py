@@ -78,14 +78,19 @@ def test_the_partner_of_a_missing_modality_keeps_all(make_config, quick_jit):
         assert mask[0, 0].min() == 1 and mask[0, 2:].max() == 0 and mask[1].max() == 0
 
 
-def test_fusion_weighs_what_is_there(make_config, quick_jit):
+def test_the_decoder_weighs_what_is_there(make_config, quick_jit):
     """Four times the same scan: with any of them missing the result is the same (no mixers)."""
-    config = make_config(**{"model.mixers": ("concat",) * 6, "model.detail": 6})
+    changes = {"model.mixers": ("concat",) * 6, "model.detail": 6, "model.fused_levels": 3}
+    config = make_config(**changes)
     network = Network(config, modalities=MODALITIES, regions={"WT": (1, 2, 3)})
     params = jax.tree.map(lambda leaf: leaf + 0.01, network.init(0))  # the head of detail is 0
-    for fuse in params["fuse"].values():  # every modality by the same weights
-        width = len(fuse["kernel"]) // 4
-        fuse["kernel"] = np.tile(np.asarray(fuse["kernel"])[:width], (4, 1))
+    decoder = params["decoder"]  # looks at every modality by the same weights
+    for fuse in params["fuse"].values():
+        fuse["kernel"] = _alike(fuse["kernel"], 0)
+    for level in (3, 4):
+        block = decoder["blocks"][level][0]
+        block["kernel"] = _alike(block["kernel"], block["kernel"].shape[-1])
+    decoder["ups"][4]["kernel"] = _alike(decoder["ups"][4]["kernel"], 0)
     scans = params["decoder"]["detail"]["scans"]
     scans["kernel"] = np.repeat(scans["kernel"][..., :1, :], 4, axis=-2)
     apply = quick_jit(lambda x, present: network.apply(params, x, present=present)[0][0])
@@ -96,6 +101,16 @@ def test_fusion_weighs_what_is_there(make_config, quick_jit):
         present = np.zeros((1, 4), np.float32)
         present[0, list(subset)] = 1
         np.testing.assert_allclose(apply(four, present), whole, rtol=1e-4, atol=1e-4)
+
+
+def _alike(kernel, start):
+    """(..., start + 4 C, C_out) with the rows of the first of four modalities for all of them."""
+    kernel = np.array(kernel)
+    kernel[..., start:, :] = np.tile(
+        kernel[..., start : start + (kernel.shape[-2] - start) // 4, :],
+        (*(1,) * (kernel.ndim - 2), 4, 1),
+    )
+    return kernel
 
 
 def test_every_subset_is_drawn_as_often():

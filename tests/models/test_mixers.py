@@ -244,12 +244,13 @@ def test_detail_sees_every_voxel():
 
 def test_the_decoder_starts_without_a_checkerboard():
     """Equal inputs to every cell of the stem give logits that are constant over its 2^3 voxels."""
-    decoder = Decoder((4, 6, 8), (1, 2, 2), stem=2, num_regions=3, heads=2, init=Initialiser(0))
+    shape = dict(skips=(4, 6, 8), stem=2, num_regions=3, heads=2)
+    decoder = Decoder((4, 6, 8), (1, 2, 2), init=Initialiser(0), **shape)
     random = np.random.default_rng(0)
     skips = []
     for n, c in ((4, 4), (2, 6), (1, 8)):  # n x 2n x 2n
         x = random.normal(size=(n, 2 * n, 2 * n, c))
-        skips.append((jnp.asarray(x, jnp.float32), n))
+        skips.append(([jnp.asarray(x, jnp.float32)], n))
     packed = decoder(skips, None)[0]
     assert packed.shape == (1, 4, 8, 8, 2**3 * 3)
     logits = np.asarray(volumes(depth_to_space(planes(packed), 2), 8))
