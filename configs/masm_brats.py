@@ -51,8 +51,8 @@ def get_config():
     # With 1, for 1.7 times the multiply-adds, trainings of minutes show no clear gain; of hours
     # nothing is known (docs/sweeps.md). The plain U-Net, where it runs once, has 1
     model.encoder_width = 0.5
-    # Its first so many levels have one convolution and all the channels, in place of two and that
-    # share of them, for as many multiply-adds; 1 pays in size tiny (docs/sweeps.md)
+    # Its first so many levels have one convolution in place of two and, where they are fused, all
+    # the channels, for as many multiply-adds; 1 pays in size tiny (docs/sweeps.md)
     model.encoder_single = 0
     # At its first so many levels the modalities are fused to one skip, for which the decoder is
     # cheaper; at the others it looks at all of them side by side (docs/sweeps.md)

@@ -126,16 +126,16 @@ def size_of(model):
 
 
 def encoder_single(model):
-    """Levels of the encoder, from the first, that have one convolution and all the channels."""
+    """Levels of the encoder, from the first, that have one convolution."""
     return model.encoder_single if _for_each(model) else 0
 
 
 def encoder_widths(model):
     """Channels E_j per level of the encoder: fewer in the U-Net's that runs for each modality, but
-    for the levels that have one convolution."""
-    widths, single = size_of(model).widths, encoder_single(model)
+    for the levels that have one convolution and are fused."""
+    widths, whole = size_of(model).widths, min(encoder_single(model), model.fused_levels)
     share = model.encoder_width if _for_each(model) else 1
-    return widths[:single] + tuple(max(1, round(width * share)) for width in widths[single:])
+    return widths[:whole] + tuple(max(1, round(width * share)) for width in widths[whole:])
 
 
 def _for_each(model):

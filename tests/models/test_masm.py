@@ -71,7 +71,7 @@ def test_channels_of_the_encoder_and_what_the_decoder_looks_at(make_config):
     # What comes from below and four modalities.
     half = [(16 + 32, 16), (32 + 64, 32), (64 + 128, 64), (96 + 192, 96), (128 + 256, 128)]
     assert shapes(mixers, 0.5, 0, 0)[1] == [*half, (256, 128)]
-    assert shapes(mixers, 0.5, 1, 0)[1] == [(16 + 64, 16), *half[1:], (256, 128)]
+    assert shapes(mixers, 0.5, 1, 0) == ([[(8, 8)], *encoder[1:]], [*half, (256, 128)])
     assert shapes(mixers, 0.5, 0, 2)[1] == [*fused[:2], *half[2:], (256, 128)]
     assert shapes(mixers, 0.5, 0, 5)[1] == [*fused[:5], (256, 128)]
     assert shapes((), 0.5, 1, 0) == shapes((), 1.0, 0)
