@@ -76,6 +76,14 @@ def test_a_mesh_takes_the_step_of_one_device(alone, make_config, quick_jit, data
     assert_same(alone, stepped(config, quick_jit, devices=data * cut, spatial=cut))
 
 
+def test_a_decoder_that_looks_at_every_modality_takes_the_step_of_one_device(
+    make_config, quick_jit
+):
+    config = settings(make_config, **{"model.fused_levels": 0})
+    one, other = (stepped(config, quick_jit, devices=n, spatial=m) for n, m in ((1, 1), (8, 2)))
+    assert_same(one, other)
+
+
 def test_parts_take_the_step_of_the_whole_batch(alone, make_config, quick_jit):
     """Dice is summed over the batch: its loss is no mean of those of the parts."""
     assert_same(alone, stepped(settings(make_config, accumulate=4), quick_jit, devices=2))
