@@ -121,8 +121,8 @@ def measure(segmenter, records, cases):
     settings, params = segmenter.settings, segmenter.params
     regions = settings.regions
     off = {f"masks {level}": change for level, change in without_masks(params).items()}
-    if segmenter.network.config.model.mixers:
-        off |= {f"skips {level}": change for level, change in without_skips(params).items()}
+    mixers = segmenter.network.config.model.mixers
+    off |= {f"skips {level}": change for level, change in without_skips(params, mixers).items()}
     names = keep_names(segmenter.network)
     channels = {"/".join(name): () for name in names}
     keeper = names and segmenter.another(
@@ -189,11 +189,14 @@ def without_masks(params):
     return found
 
 
-def without_skips(params):
+def without_skips(params, mixers):
     """{level: parameters with which the decoder does not look at the skip of that level}.
 
-    Of the last level, which is all that the decoder starts from, it keeps the biases.
+    None of a network without ``mixers``. Of the last level, which is all that the decoder starts
+    from, it keeps the biases.
     """
+    if not mixers:
+        return {}
     found = {}
     for number in params["decoder"]["blocks"]:
         changed = copy.deepcopy(params)

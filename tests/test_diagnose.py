@@ -27,7 +27,7 @@ def segmenter(make_config, records):
 
 def test_what_is_switched_off_is_that_and_nothing_else(segmenter):
     params = jax.tree.map(np.asarray, segmenter.params)
-    masks, skips = diagnose.without_masks(params), diagnose.without_skips(params)
+    masks, skips = diagnose.without_masks(params), diagnose.without_skips(params, ("concat",))
     assert list(masks) == ["level1"] and list(skips) == [f"level{i}" for i in range(1, 7)]
     # A bias; a kernel of the decoder.
     for changed in (masks["level1"], skips["level3"], skips["level6"]):
@@ -38,12 +38,15 @@ def test_what_is_switched_off_is_that_and_nothing_else(segmenter):
     x = np.random.default_rng(0).standard_normal((1, 4, 16, 16, 16), np.float32)
     kept = jax.jit(lambda params: segmenter.network.apply(params, x)[1]["level1"].mean())
     assert [kept(params), kept(masks["level1"])] == [0.0, 1.0]
-    assert diagnose.without_masks({"encoder": {}}) == {}
-    # The decoder looks at the scans through the skips alone.
+    plain = {"encoder": {}}
+    assert diagnose.without_skips(plain, ()) == {} == diagnose.without_masks(plain)
+    # The decoder looks at the scans through the skips alone: through any, and through no other.
+    apply = jax.jit(lambda params, x: segmenter.network.apply(params, x)[0][0])
+    other = np.random.default_rng(1).standard_normal(x.shape, np.float32)
+    assert not np.array_equal(apply(skips["level1"], x), apply(skips["level1"], other))
     for change in skips.values():
         params = jax.tree.map(lambda whole, part: np.where(part == 0, 0, whole), params, change)
-    blind = jax.jit(lambda x: segmenter.network.apply(params, x)[0][0])
-    np.testing.assert_array_equal(blind(x), blind(2 * x - 1))
+    np.testing.assert_array_equal(apply(params, x), apply(params, other))
 
 
 def test_a_network_that_prunes_everything_is_found(segmenter, records):

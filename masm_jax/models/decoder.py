@@ -32,11 +32,11 @@ class Decoder(nnx.Module):
         self, widths, strides, *, skips, stem, num_regions, heads, init, detail=None
     ):  # fmt: skip
         ups, blocks = [], []
-        for level in range(len(widths) - 1):
-            width, below = widths[level], (*widths[:-1], skips[-1])[level + 1]
-            children = strides[level + 1] ** 3
-            ups.append(Dense(below, children * width, init=init, copies=children))
-            first = ConvNorm(width + skips[level], width, init=init)
+        below = (*widths[1:-1], skips[-1])  # the last level comes up as it is
+        for width, deeper, skip, stride in zip(widths, below, skips, strides[1:]):
+            children = stride**3
+            ups.append(Dense(deeper, children * width, init=init, copies=children))
+            first = ConvNorm(width + skip, width, init=init)
             blocks.append(nnx.List([first, ConvNorm(width, width, init=init)]))
         self.ups, self.blocks = nnx.List(ups), nnx.List(blocks)
         self.detail = detail

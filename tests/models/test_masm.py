@@ -1,7 +1,9 @@
 """How wide the encoder of the network is, and where networks start."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from masm_jax.models.init import Initialiser
 from masm_jax.models.masm import MASM
@@ -56,8 +58,11 @@ def test_channels_of_the_encoder_and_what_the_decoder_looks_at(make_config):
         sizes = dict(patch=(16,) * 3, modalities=("t1", "t1ce", "t2", "flair"), num_regions=3)
         network = MASM(model, init=Initialiser(None), **sizes)
         encoder = [[conv.kernel.shape[-2:] for conv in level] for level in network.encoder.levels]
-        decoder = [blocks[0].kernel.shape[-2:] for blocks in network.decoder.blocks]
-        return encoder, [*decoder, network.decoder.ups[-1].kernel.shape]
+        return encoder, jax.tree.map(jnp.shape, nnx.to_pure_dict(nnx.state(network.decoder)))
+
+    def sees(decoder):
+        first = [blocks[0]["kernel"][-2:] for blocks in decoder["blocks"].values()]
+        return [*first, decoder["ups"][len(first) - 1]["kernel"]]
 
     mixers = ("aware",) * 5 + ("shift",)
     encoder, decoder = shapes(mixers, 0.5, 0)
@@ -65,14 +70,14 @@ def test_channels_of_the_encoder_and_what_the_decoder_looks_at(make_config):
     assert last == [(c, c) for c in (8, 16, 32, 48, 64, 64)]  # tiny: 16, 32, 64, 96, 128, 128
     single, same = shapes(mixers, 0.5, 1)
     assert single == [[(8, 16)], [(16, 16), (16, 16)], *encoder[2:]]  # 2^3 voxels come in
+    assert same == decoder == shapes(mixers, 1.0, 0)[1] == shapes((), 1.0, 0)[1]
+    assert shapes((), 0.5, 1) == shapes((), 0.5, 1, 0) == shapes((), 1.0, 0)
     # What comes from below and the skip; the last level goes up by 1.
     fused = [*((2 * c, c) for c in (16, 32, 64, 96, 128)), (128, 128)]
-    assert decoder == same == shapes(mixers, 1.0, 0)[1] == fused
     # What comes from below and four modalities.
     half = [(16 + 32, 16), (32 + 64, 32), (64 + 128, 64), (96 + 192, 96), (128 + 256, 128)]
-    assert shapes(mixers, 0.5, 0, 0)[1] == [*half, (256, 128)]
-    assert shapes(mixers, 0.5, 1, 0) == ([[(8, 8)], *encoder[1:]], [*half, (256, 128)])
-    assert shapes(mixers, 0.5, 0, 2)[1] == [*fused[:2], *half[2:], (256, 128)]
-    assert shapes(mixers, 0.5, 0, 5)[1] == [*fused[:5], (256, 128)]
-    assert shapes((), 0.5, 1, 0) == shapes((), 1.0, 0)
-    assert shapes((), 1.0, 0)[1] == fused
+    single, whole = shapes(mixers, 0.5, 1, 0)
+    assert single == [[(8, 8)], *encoder[1:]] and sees(whole) == [*half, (256, 128)]
+    assert sees(decoder) == fused and sees(shapes(mixers, 0.5, 0, 0)[1]) == sees(whole)
+    assert sees(shapes(mixers, 0.5, 0, 2)[1]) == [*fused[:2], *half[2:], (256, 128)]
+    assert sees(shapes(mixers, 0.5, 0, 5)[1]) == [*fused[:5], (256, 128)]
