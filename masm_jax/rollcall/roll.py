@@ -254,7 +254,9 @@ def _say(text, code):
     with contextlib.suppress(RuntimeError):  # the interpreter is going down: no new threads
         threading.Timer(8, os._exit, (code,)).start()
     with contextlib.suppress(OSError, ValueError):  # nobody reads, or it is closed
-        print(f"{pathlib.Path(sys.argv[0]).name}: {text}", file=sys.stderr, flush=True)
+        # In one write: print makes two where PYTHONUNBUFFERED is set, and others write between.
+        sys.stderr.write(f"{pathlib.Path(sys.argv[0]).name}: {text}\n")
+        sys.stderr.flush()
 
 
 def _exit(code):

@@ -70,6 +70,14 @@ def ended(process, code):
     return out, (err.splitlines() or [""])[-1]
 
 
+def verdict(process, code):
+    """Its line that says why the run ends: what failed for that reason may say so around it."""
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code, f"exit code {process.returncode}, expected {code}: {err}"
+    (line,) = [line for line in err.splitlines() if line.startswith("-c: ")]
+    return line
+
+
 def until(process, word):
     """Read its output up to the line."""
     while line := process.stdout.readline():
@@ -144,6 +152,17 @@ def test_who_is_missing_is_named(launch, port):
     )
     for process in (zero, two):
         assert re.match(expected, ended(process, 1)[1])
+
+
+def test_nobody_writes_into_the_line_of_a_verdict(launch):
+    """With PYTHONUNBUFFERED each write of Python is one to the file, and threads take turns."""
+    script = (
+        ALONE
+        + "write, sys.stderr.write = sys.stderr.write, lambda text: write(f'<{text}>')\n"
+        + "Roll(place, limit=1)"
+    )
+    _, err = launch(1, script).communicate(timeout=60)
+    assert re.fullmatch("<-c: process 0 of 2 could not be reached [^<>]*\n>", err)
 
 
 def test_process_0_is_missing(launch, port):
@@ -303,7 +322,7 @@ def test_an_error_of_a_collective_waits_for_its_cause(launch):
     until(one, "started")
     time.sleep(0.5)  # longer than a death takes to be seen
     zero.kill()
-    assert "has gone without a word" in ended(one, EXIT_PEER)[1]
+    assert "has gone without a word" in verdict(one, EXIT_PEER)
 
 
 def test_an_error_ends_a_collective_of_the_others(launch):
@@ -314,7 +333,7 @@ def test_an_error_ends_a_collective_of_the_others(launch):
     )
     zero, one = [launch(id, script) for id in range(2)]
     for process in (zero, one):
-        assert ended(process, 5)[1] == f"-c: {who(one, 1)}: no such record"
+        assert verdict(process, 5) == f"-c: {who(one, 1)}: no such record"
 
 
 @pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGTERM)])
@@ -335,7 +354,7 @@ def test_a_death_ends_a_collective_of_the_others(launch, victim, number):
     two[victim].send_signal(number)
     assert two[victim].wait(timeout=10) == -number  # JAX has not taken SIGTERM for itself
     start = time.monotonic()
-    said = ended(two[1 - victim], EXIT_PEER)[1]
+    said = verdict(two[1 - victim], EXIT_PEER)
     assert time.monotonic() - start < 20
     assert said.startswith(
         f"-c: process {victim} of 2 (host {HOST}, pid {two[victim].pid}) has gone without a word"
