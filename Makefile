@@ -143,7 +143,8 @@ CONCAT := ('concat','concat','concat','concat','concat','concat')
 
 demo: demo-records
 	@echo; echo "demo, 3 of 4: training; stop it whenever you like, 'make demo' goes on"
-	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/masm
+	@# Noise that dies away, as in masm_brats.py: the report has maps of what the masks prune.
+	$(PY) train.py --config=configs/masm_demo.py --workdir=demo/masm --config.gumbel.quiet=0.75
 	@echo; echo "demo, 4 of 4: evaluation of the validation cases"
 	$(call evaluate,masm,demo/eval)
 	@echo; \

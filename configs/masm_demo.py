@@ -1,4 +1,4 @@
-"""MASM (tiny) on phantoms, on a CPU: what ``make demo`` trains.
+"""MASM (tiny) on phantoms, on a CPU: what ``make demo`` trains, there with noise that dies away.
 
     make demo
 
