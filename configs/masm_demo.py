@@ -1,4 +1,4 @@
-"""MASM (tiny) on phantoms, on a CPU: what ``make demo`` trains, there with noise that dies away.
+"""MASM (tiny) on phantoms, on a CPU: what ``make demo`` trains (with ``gumbel.quiet=0.75``).
 
     make demo
 

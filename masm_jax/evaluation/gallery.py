@@ -121,7 +121,7 @@ def _pruning(path, records, case, kept):
         image,
         kept,
         np.zeros(image.shape[1:], np.uint8) if label is None else np.asarray(label),
-        title=f"{case}: what the mixers pruned",
+        title=f"{case}: what the mixers pruned in any slice, seen from above",
         modalities=records.modalities,
         spacing=records.meta(case)["record_spacing"],
         regions=records.regions,
