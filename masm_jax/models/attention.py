@@ -6,7 +6,7 @@ from flax import nnx
 
 from masm_jax.models import spatial
 from masm_jax.models.layers import Dense, LayerNorm
-from masm_jax.models.masking import attention_scores, policy_attention, soft_average
+from masm_jax.models.masking import attention, policy_attention
 
 
 class SelfAttention(nnx.Module):
@@ -34,7 +34,7 @@ class SelfAttention(nnx.Module):
         if cut:  # own queries; keys and values of all
             k, v = spatial.whole(k, 2), spatial.whole(v, 2)
         if keep is None:
-            y = soft_average(attention_scores(q, k), v)
+            y = attention(q, k, v)
         else:
             first = None
             if cut and spatial.count() > 1:

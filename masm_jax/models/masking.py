@@ -12,8 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from masm_jax.models import spatial
+from masm_jax.models.conv import platform_of_trace
+from masm_jax.models.conv_parts import equal_parts
 
 _EPS = 1e-6  # of DynamicViT's softmax_with_policy
+_OF_SCORES = 2**23  # bytes of the scores of a turn: about a core's cache
 
 
 def sample_keep(logits, key, temperature, noise=1.0):
@@ -107,6 +110,26 @@ def _average_backward(saved, gradient):
 soft_average.defvjp(_average_forward, _average_backward)
 
 
+def attention(q, k, v):
+    """Self-attention without a policy: softmax(q k^T) v.
+
+    Args:
+      q: (B, heads, Q, C), already scaled.
+      k, v: (B, heads, K, C).
+
+    Returns:
+      (B, heads, Q, C) in the dtype of ``v``.
+    """
+
+    def some(queries, keys):
+        (q,), (k, v) = queries, keys
+        return (soft_average(attention_scores(q, k), v),), ()
+
+    turns = _turns(q, k)
+    (y,), _ = _in_turns(some if turns == 1 else jax.checkpoint(some), turns, (q,), (k, v))
+    return y
+
+
 @jax.custom_vjp
 def policy_attention(q, k, v, keep, first=None):
     """Self-attention in which pruned tokens are no keys, except each for itself.
@@ -116,7 +139,8 @@ def policy_attention(q, k, v, keep, first=None):
     pruned each attends to itself alone, and the gradient reaches ``keep``.
 
     The same numbers and gradients as written out, with a leaner way back: it keeps one (Q, K)
-    array, makes another, turns neither, and holds the policy in none (docs/decisions.md).
+    array, makes another, turns neither, and holds the policy in none (docs/decisions.md). A CPU
+    makes no (Q, K) array that is larger than its cache, as FlashAttention (Dao et al. 2022).
 
     Args:
       q: (B, heads, Q, C), already scaled.
@@ -134,42 +158,95 @@ def policy_attention(q, k, v, keep, first=None):
 # all keys with zeros for the pruned ones, and one more term where its own is pruned. The zeros are
 # put into k, v and a column that counts, and no mask into (Q, K) arrays.
 def _policy_forward(q, k, v, keep, first):
-    kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
-    scores = _product("bhqc,bhkc->bhqk", q, k)
-    peak = scores.max(-1, keepdims=True)
-    weights, own_weight = jnp.exp(scores - peak).astype(v.dtype), jnp.exp(_dot(q, own_k) - peak)
-    counted = _counted(v)
-    sums = _product("bhqk,bhkc->bhqc", weights, (kept * counted).astype(v.dtype))
-    sums = sums + _EPS * counted.mean(2, keepdims=True, dtype=jnp.float32)
-    extra = (1 - own_kept) * own_weight
-    y = (sums[..., :-1] + extra * own_v) / (sums[..., -1:] + extra)
-    return y.astype(v.dtype), (q, k, v, keep, first, weights, own_weight, sums)
+    turns, counted = _turns(q, k), _counted(v)
+    seen = (keep[:, None, :, None] * counted).astype(v.dtype)
+    least = _EPS * counted.mean(2, keepdims=True, dtype=jnp.float32)
+
+    def some(queries, keys):
+        (q, own_k, own_v, own_kept), (k, seen, least) = queries, keys
+        scores = _product("...qc,...kc->...qk", q, k)
+        peak = scores.max(-1, keepdims=True)
+        weights, own_weight = jnp.exp(scores - peak).astype(v.dtype), jnp.exp(_dot(q, own_k) - peak)
+        sums = _product("...qk,...kc->...qc", weights, seen) + least
+        extra = (1 - own_kept) * own_weight
+        y = (sums[..., :-1] + extra * own_v) / (sums[..., -1:] + extra)
+        return (y.astype(v.dtype), own_weight, sums, weights if turns == 1 else peak), ()
+
+    queries = (q, *_own(q, k, v, keep, first))
+    (y, *saved), _ = _in_turns(some, turns, queries, (k, seen, least))
+    return y, (q, k, v, keep, first, *saved)
 
 
 def _policy_backward(saved, gradient):
-    q, k, v, keep, first, weights, own_weight, sums = saved
-    kept, (own_k, own_v, own_kept) = keep[:, None, :, None], _own(q, k, v, keep, first)
-    by_kept, count = sums[..., :-1], sums[..., -1:]
-    extra = (1 - own_kept) * own_weight
-    total = count + extra
-    gradient = gradient.astype(jnp.float32) / total
-    inner, lean = _dot(gradient, by_kept + extra * own_v) / total, gradient.astype(v.dtype)
-    # By the policy; times the policy it is by the scores. For its own key what cancels is left out.
-    d = (weights * (_product("bhqc,bhkc->bhqk", lean, v) - inner)).astype(v.dtype)
-    own_d = own_weight * _dot(gradient, own_v * count - by_kept) / total
-    own_pruned = (1 - own_kept) * own_d
+    q, k, v, keep, first, *by_query = saved
+    kept, turns = keep[:, None, :, None], _turns(q, k)
 
-    d_q = _product("bhqk,bhkc->bhqc", d, (kept * k).astype(k.dtype)) + own_pruned * own_k
-    by_key = _turned(_counted(q), d)
-    d_k = _added(kept * by_key[..., :-1], own_pruned * q, first)
-    d_v = _turned(lean, weights)
+    def some(queries, keys):
+        q, own_weight, sums, weights, gradient, own_k, own_v, own_kept = queries
+        k, v, kept_k = keys
+        if turns > 1:
+            peak = weights
+            weights = jnp.exp(_product("...qc,...kc->...qk", q, k) - peak).astype(v.dtype)
+        by_kept, count = sums[..., :-1], sums[..., -1:]
+        extra = (1 - own_kept) * own_weight
+        total = count + extra
+        gradient = gradient.astype(jnp.float32) / total
+        inner, lean = _dot(gradient, by_kept + extra * own_v) / total, gradient.astype(v.dtype)
+        # By the policy; times the policy it is by the scores. For its own key what cancels is left
+        # out.
+        d = (weights * (_product("...qc,...kc->...qk", lean, v) - inner)).astype(v.dtype)
+        own_d = own_weight * _dot(gradient, own_v * count - by_kept) / total
+        own_pruned = (1 - own_kept) * own_d
+        d_q = _product("...qk,...kc->...qc", d, kept_k) + own_pruned * own_k
+        of_own = own_pruned * q, -own_d, extra * gradient
+        return (d_q, gradient, *of_own), (_turned(_counted(q), d), _turned(lean, weights))
+
+    queries = (q, *by_query, gradient, *_own(q, k, v, keep, first))
+    of_queries, of_keys = _in_turns(some, turns, queries, (k, v, (kept * k).astype(k.dtype)))
+    (d_q, gradient, *of_own), (by_key, d_v) = of_queries, of_keys
+    own_k, own_keep, own_v = of_own
+    d_k = _added(kept * by_key[..., :-1], own_k, first)
     d_v = kept * d_v + _EPS / k.shape[2] * gradient.sum(2, keepdims=True)
-    d_v = _added(d_v, extra * gradient, first)
-    d_keep = _added(by_key[..., -1:], -own_d, first).sum((1, 3))
+    d_v = _added(d_v, own_v, first)
+    d_keep = _added(by_key[..., -1:], own_keep, first).sum((1, 3))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep, None
 
 
 policy_attention.defvjp(_policy_forward, _policy_backward)
+
+
+def _turns(q, k):
+    """In how many turns the queries are taken, so that on a CPU their scores stay in its cache."""
+    most = max(1, _OF_SCORES // (4 * k.shape[2]))
+    return equal_parts(q.shape[2], most) if platform_of_trace() == "cpu" else 1
+
+
+def _in_turns(some, turns, queries, keys):
+    """``some`` queries after the other, head by head.
+
+    Args:
+      some: arrays by query and by key -> the same, and of those by key what it adds to them.
+      turns: in how many; 1: all at once.
+      queries, keys: arrays (B, heads or 1, Q or K, ...).
+
+    Returns:
+      (B, heads, Q, ...) and (B, heads, K, ...).
+    """
+    if turns == 1:
+        return some(queries, keys)
+    shape = queries[0].shape[:2]
+
+    def each_head(x):
+        return jnp.broadcast_to(x, (*shape, *x.shape[2:])).reshape(-1, *x.shape[2:])
+
+    def head(arrays):
+        queries, keys = arrays
+        queries = [x.reshape(turns, -1, *x.shape[1:]) for x in queries]
+        by_query, by_key = lax.map(lambda turn: some(turn, keys), queries)
+        return [x.reshape(-1, *x.shape[2:]) for x in by_query], [x.sum(0) for x in by_key]
+
+    done = lax.map(head, jax.tree.map(each_head, (list(queries), list(keys))))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), done)
 
 
 def _product(subscripts, x, y):
@@ -182,7 +259,7 @@ def _dot(x, y):
 
 def _counted(x):
     """With a column of ones: a product with it has the sum of the weights too."""
-    return jnp.concatenate([x, jnp.ones((*x.shape[:3], 1), x.dtype)], axis=-1)
+    return jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
 
 
 def _turned(x, weights):

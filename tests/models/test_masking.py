@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from masm_jax.models import masking
 from masm_jax.models.masking import (
+    attention,
     attention_scores,
     policy_attention,
     sample_keep,
@@ -144,12 +146,18 @@ def same_in_float64(ours, defined, arguments, weight, error):
         np.testing.assert_allclose(one, other, rtol=error, atol=error * np.abs(other).max())
 
 
-@pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
+@pytest.mark.parametrize(
+    "dtype, error, at_once",
+    [(jnp.float32, 1e-5, 9), (jnp.float32, 1e-5, 3), (jnp.bfloat16, 4e-2, 9)],
+)
 @pytest.mark.parametrize("queries", [slice(None), slice(2, 6)])
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
-def test_policy_attention_has_the_gradients_of_its_definition(share, queries, dtype, error):
+def test_policy_attention_has_the_gradients_of_its_definition(
+    share, queries, dtype, error, at_once, monkeypatch
+):
     """In float64: in float32 autodiff loses three digits where all is pruned. Also for some of the
-    queries, as where devices share a volume."""
+    queries, as where devices share a volume, and in turns."""
+    monkeypatch.setattr(masking, "_OF_SCORES", at_once * 9 * 4)
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(3))
     keep = (jax.random.uniform(jax.random.key(5), (2, 9)) < share).astype(jnp.float32)
     weight, places = jax.random.normal(jax.random.key(6), v.shape), np.arange(9)[queries]
@@ -170,8 +178,30 @@ def test_policy_attention_has_the_gradients_of_its_definition(share, queries, dt
     same_in_float64(ours, defined, (q, k, v, keep), weight, error)
 
 
+@pytest.mark.parametrize("function, masks", [(policy_attention, 1), (attention, 0)])
+def test_attention_of_many_tokens_holds_no_array_of_all_their_pairs(function, masks):
+    """On a CPU; 4096 tokens have 4096^2 pairs, 67 MB."""
+    arguments = [jax.ShapeDtypeStruct((1, 1, 4096, 8), jnp.float32)] * 3
+    arguments += [jax.ShapeDtypeStruct((1, 4096), jnp.float32)] * masks
+    gradients = jax.grad(lambda *a: function(*a).sum(), range(len(arguments)))
+    for program in (function, gradients):
+        planned = jax.jit(program).lower(*arguments).compile().memory_analysis()
+        assert planned.temp_size_in_bytes < 4096**2 * 4 / 2
+
+
+@pytest.mark.parametrize("at_once", [9, 3])
+def test_attention_in_turns_has_the_gradients_of_its_definition(at_once, monkeypatch):
+    monkeypatch.setattr(masking, "_OF_SCORES", at_once * 9 * 4)
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(4))
+
+    def defined(q, k, v):
+        return jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+
+    same_in_float64(attention, defined, (q, k, v), weight, 1e-5)
+
+
 @pytest.mark.parametrize("dtype, error", [(jnp.float32, 1e-5), (jnp.bfloat16, 4e-2)])
-def test_attention_without_a_policy_has_the_gradients_of_its_definition(dtype, error):
+def test_attention_with_a_bias_has_the_gradients_of_its_definition(dtype, error):
     """In windows, with a bias that all of them share, as in Swin UNETR; scores far below others."""
     shape = (2, 3, 2, 7, 4)  # examples, windows, heads, tokens, channels
     q, k, v, weight = (jax.random.normal(jax.random.key(i), shape) for i in range(4))
