@@ -30,7 +30,7 @@ OURS = {  # networks of ours: what they change of the config
     "base": ("model.size=base", "model.encoder_single=0"),
     "full": ("model.size=full", "model.encoder_single=0"),
 }
-_INTERVALS = 6  # of a calibration; the first has the compilation in it and does not count
+_INTERVALS = 6  # of a calibration; the first two do not count (``training_rate``)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +191,8 @@ class Study:
 def training_rate(folder):
     """Steps per second of a run: the median over its intervals.
 
-    The first has the compilation in it; validation is off, and the few with a checkpoint in them
-    hardly move a median.
+    The first has the compilation in it, the second what is loaded once the first step is under way,
+    two seconds; validation is off, and the few with a checkpoint in them hardly move a median.
 
     Args:
         folder: of the run.
@@ -204,7 +204,7 @@ def training_rate(folder):
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         rates += [json.loads(line).get("time/steps_per_s")]
     rates = [rate for rate in rates if rate is not None]
-    return statistics.median(rates[1:] or [math.nan])
+    return statistics.median(rates[2:] or rates[1:] or [math.nan])
 
 
 def _process(words, folder, stop):

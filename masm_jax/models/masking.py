@@ -242,8 +242,16 @@ def _in_turns(some, turns, queries, keys):
     def head(arrays):
         queries, keys = arrays
         queries = [x.reshape(turns, -1, *x.shape[1:]) for x in queries]
-        by_query, by_key = lax.map(lambda turn: some(turn, keys), queries)
-        return [x.reshape(-1, *x.shape[2:]) for x in by_query], [x.sum(0) for x in by_key]
+        # Of the arrays, since it may be another number on each device.
+        zero = 0 * queries[0].reshape(-1)[0].astype(jnp.float32)
+        sums = jax.eval_shape(some, [x[0] for x in queries], keys)[1]
+
+        def turn(total, queries):
+            by_query, by_key = some(queries, keys)
+            return [x + y for x, y in zip(total, by_key)], by_query
+
+        by_key, by_query = lax.scan(turn, [zero + jnp.zeros(x.shape) for x in sums], queries)
+        return [x.reshape(-1, *x.shape[2:]) for x in by_query], by_key
 
     done = lax.map(head, jax.tree.map(each_head, (list(queries), list(keys))))
     return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), done)

@@ -39,11 +39,13 @@ def test_budgets():
             Budget.parse(wrong)
 
 
-def test_the_rate_is_of_the_intervals_after_the_first(tmp_path):
-    lines = [{"step": i, "time/steps_per_s": rate} for i, rate in enumerate((0.1, 2, 9, 3), 1)]
+def test_the_rate_is_of_the_intervals_after_the_second(tmp_path):
+    lines = [{"step": i, "time/steps_per_s": rate} for i, rate in enumerate((0.1, 1, 9, 2, 3), 1)]
     lines.insert(2, {"step": 2, "val/dice": 0.5})
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert study.training_rate(tmp_path) == 3
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
+    assert study.training_rate(tmp_path) == 1
     (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
     assert math.isnan(study.training_rate(tmp_path))
 
