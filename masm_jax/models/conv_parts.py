@@ -5,7 +5,7 @@ from jax import lax
 
 from masm_jax.models import spatial
 
-_OF_ROWS = 2**23  # bytes of the neighbours of a part: about a core's cache
+CACHE = 2**23  # bytes: about a core's cache
 
 
 def windows(x, depth, size, stride, row):
@@ -24,7 +24,7 @@ def windows(x, depth, size, stride, row):
     n, h, w, channels = x.shape
     side, planes = size // 2, depth // stride
     volumes = padded(x, depth, side)
-    split = equal_parts(h // stride, max(1, _OF_ROWS // row))
+    split = equal_parts(h // stride, max(1, CACHE // row))
     rows = h // stride // split
     shape = (1, size, stride * rows + size - stride, *volumes.shape[3:])
 

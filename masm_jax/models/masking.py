@@ -5,6 +5,7 @@ builds on. Here a pruned token is not dropped but replaced by the aligned modali
 (models/aware.py).
 """
 
+import functools
 import math
 
 import jax
@@ -13,10 +14,9 @@ from jax import lax
 
 from masm_jax.models import spatial
 from masm_jax.models.conv import platform_of_trace
-from masm_jax.models.conv_parts import equal_parts
+from masm_jax.models.conv_parts import CACHE, equal_parts
 
 _EPS = 1e-6  # of DynamicViT's softmax_with_policy
-_OF_SCORES = 2**23  # bytes of the scores of a turn: about a core's cache
 
 
 def sample_keep(logits, key, temperature, noise=1.0):
@@ -130,7 +130,6 @@ def attention(q, k, v):
     return y
 
 
-@jax.custom_vjp
 def policy_attention(q, k, v, keep, first=None):
     """Self-attention in which pruned tokens are no keys, except each for itself.
 
@@ -151,14 +150,20 @@ def policy_attention(q, k, v, keep, first=None):
     Returns:
       (B, heads, Q, C) in the dtype of ``v``.
     """
-    return _policy_forward(q, k, v, keep, first)[0]
+    return _policy(q, k, v, keep, first, _turns(q, k))
+
+
+# The turns are given: where the way back is traced the platform may be forgotten.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _policy(q, k, v, keep, first, turns):
+    return _policy_forward(q, k, v, keep, first, turns)[0]
 
 
 # A query sees the keys that are kept, and its own. A sum over what it sees is therefore one over
 # all keys with zeros for the pruned ones, and one more term where its own is pruned. The zeros are
 # put into k, v and a column that counts, and no mask into (Q, K) arrays.
-def _policy_forward(q, k, v, keep, first):
-    turns, counted = _turns(q, k), _counted(v)
+def _policy_forward(q, k, v, keep, first, turns):
+    counted = _counted(v)
     seen = (keep[:, None, :, None] * counted).astype(v.dtype)
     least = _EPS * counted.mean(2, keepdims=True, dtype=jnp.float32)
 
@@ -177,9 +182,9 @@ def _policy_forward(q, k, v, keep, first):
     return y, (q, k, v, keep, first, *saved)
 
 
-def _policy_backward(saved, gradient):
+def _policy_backward(turns, saved, gradient):
     q, k, v, keep, first, *by_query = saved
-    kept, turns = keep[:, None, :, None], _turns(q, k)
+    kept = keep[:, None, :, None]
 
     def some(queries, keys):
         q, own_weight, sums, weights, gradient, own_k, own_v, own_kept = queries
@@ -212,12 +217,12 @@ def _policy_backward(saved, gradient):
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_keep, None
 
 
-policy_attention.defvjp(_policy_forward, _policy_backward)
+_policy.defvjp(_policy_forward, _policy_backward)
 
 
 def _turns(q, k):
     """In how many turns the queries are taken, so that on a CPU their scores stay in its cache."""
-    most = max(1, _OF_SCORES // (4 * k.shape[2]))
+    most = max(1, CACHE // (4 * k.shape[2]))
     return equal_parts(q.shape[2], most) if platform_of_trace() == "cpu" else 1
 
 

@@ -42,12 +42,9 @@ def test_budgets():
 def test_the_rate_is_of_the_intervals_after_the_second(tmp_path):
     lines = [{"step": i, "time/steps_per_s": rate} for i, rate in enumerate((0.1, 1, 9, 2, 3), 1)]
     lines.insert(2, {"step": 2, "val/dice": 0.5})
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert study.training_rate(tmp_path) == 3
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines[:2])))
-    assert study.training_rate(tmp_path) == 1
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(lines[0]))
-    assert math.isnan(study.training_rate(tmp_path))
+    for some, rate in ((lines, 3), (lines[:2], 1), (lines[:1], math.nan)):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, some)))
+        assert study.training_rate(tmp_path) == pytest.approx(rate, rel=0, nan_ok=True)
 
 
 def evaluated(folder, dice, *, step=4):

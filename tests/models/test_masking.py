@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from masm_jax.models import masking
+from masm_jax.models.conv import traced_for
 from masm_jax.models.masking import (
     attention,
     attention_scores,
@@ -157,7 +158,7 @@ def test_policy_attention_has_the_gradients_of_its_definition(
 ):
     """In float64: in float32 autodiff loses three digits where all is pruned. Also for some of the
     queries, as where devices share a volume, and in turns."""
-    monkeypatch.setattr(masking, "_OF_SCORES", at_once * 9 * 4)
+    monkeypatch.setattr(masking, "CACHE", at_once * 9 * 4)
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(3))
     keep = (jax.random.uniform(jax.random.key(5), (2, 9)) < share).astype(jnp.float32)
     weight, places = jax.random.normal(jax.random.key(6), v.shape), np.arange(9)[queries]
@@ -189,9 +190,23 @@ def test_attention_of_many_tokens_holds_no_array_of_all_their_pairs(function, ma
         assert planned.temp_size_in_bytes < 4096**2 * 4 / 2
 
 
+def test_the_way_back_takes_the_turns_of_the_way_there(monkeypatch):
+    """Where it is traced the platform may be another one."""
+    monkeypatch.setattr(masking, "CACHE", 4 * 9 * 3)
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (1, 2, 9, 4)) for i in range(4))
+    gradients = []
+    for there, back in (("cpu", "cpu"), ("cpu", "tpu"), ("tpu", "cpu")):
+        with traced_for(there):
+            pull = jax.vjp(lambda *a: policy_attention(*a, jnp.ones((1, 9))), q, k, v)[1]
+        with traced_for(back):
+            gradients.append(pull(weight))
+    for other in gradients[1:]:
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), gradients[0], other)
+
+
 @pytest.mark.parametrize("at_once", [9, 3])
 def test_attention_in_turns_has_the_gradients_of_its_definition(at_once, monkeypatch):
-    monkeypatch.setattr(masking, "_OF_SCORES", at_once * 9 * 4)
+    monkeypatch.setattr(masking, "CACHE", at_once * 9 * 4)
     q, k, v, weight = (jax.random.normal(jax.random.key(i), (2, 3, 9, 4)) for i in range(4))
 
     def defined(q, k, v):
